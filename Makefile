@@ -1,0 +1,50 @@
+# `make` prints what there is to do. Every target sets up what it needs.
+
+PYTHON ?= python3
+SCALE  ?= auto
+BIN    := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test check reproduce reproduce-fedloge bench tables schema lock
+
+help: ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  SCALE=smoke takes seconds, mini minutes on a CPU, paper needs a GPU; auto chooses by what is here."
+
+setup: .venv/ready ## make the locked environment in .venv (installs uv if it is missing)
+
+.venv/ready: requirements.lock pyproject.toml
+	@command -v uv >/dev/null || $(PYTHON) -m pip install --quiet uv || \
+	  { echo "error: uv is missing and could not be installed; see https://docs.astral.sh/uv" >&2; exit 2; }
+	@test -x $(BIN)/python || uv venv --quiet --python ">=3.11" .venv
+	VIRTUAL_ENV=.venv uv pip sync --quiet --require-hashes --compile-bytecode requirements.lock
+	VIRTUAL_ENV=.venv uv pip install --quiet --no-deps --editable .
+	@touch $@
+
+test: setup ## the whole suite (what CI runs)
+	$(BIN)/python -m pytest
+
+check: setup ## lint, types, generated tables, and the whole suite
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m shared.report --check
+	$(BIN)/python -m pytest
+
+reproduce: reproduce-fedloge ## every paper that is built, one after the other
+
+reproduce-fedloge: setup ## FedLoGe: methods x seeds, table, verdicts, plots
+	$(BIN)/python -m fedloge.reproduce --scale $(SCALE)
+
+bench: setup ## speed and memory, as ratios in one run
+	$(BIN)/python benchmarks/fedloge_round.py
+
+tables: setup ## write the READMEs' tables anew from results/
+	$(BIN)/python -m shared.report
+
+schema: setup ## JSON schemas of the configurations, for editors, in schemas/
+	@mkdir -p schemas
+	$(BIN)/python -m fedloge.train --schema > schemas/fedloge.json
+
+lock: ## resolve the dependencies anew (review the diff)
+	uv pip compile --quiet --universal --generate-hashes --group dev pyproject.toml -o requirements.lock
