@@ -1,0 +1,1 @@
+"""What the papers have in common: images, long tails, metrics, devices, runs. Names no paper."""

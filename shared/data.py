@@ -1,0 +1,340 @@
+"""Image sets: readers of the official formats, image folders, list files, downloads and the embedded sample.
+
+`load` reads a known data set into one uint8 tensor; `load_folder` and `load_list` leave the images on disk. Nothing
+here reads pickle: CIFAR comes from its binary release. Every problem of the data is a DataError that names the path.
+"""
+
+import gzip
+import hashlib
+import http.client
+import io
+import logging
+import os
+import tarfile
+import tempfile
+import urllib.request
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared.errors import DataError
+from shared.longtail import read_list
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Split = Literal["train", "test", "val"]
+Arrays = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # images [N, C, H, W], labels [N]
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
+SAMPLE = Path(__file__).resolve().parent / "sample" / "sample.npz"
+SAMPLE_SHA256 = "79799a2bf44095a5f880e020f217a841f3ed72c5976ca45cbf4581055eeba67f"
+
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images in memory. `digest` (sha256) tells the pixels and labels apart from any others."""
+
+    images: Tensor  # uint8 [N, C, H, W]
+    labels: Tensor  # int64 [N], indices into `classes`
+    classes: tuple[str, ...]
+    name: str
+    split: str
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class FileSet:
+    """Images on disk. `digest` covers the labels and the paths relative to the image folder, not the pixels."""
+
+    paths: tuple[Path, ...]
+    labels: Tensor  # int64 [N], indices into `classes`
+    classes: tuple[str, ...]
+    name: str
+    split: str
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+AnySet = TypeVar("AnySet", ImageSet, FileSet)
+
+
+def _idx_downloads(url: str, *digests: str) -> dict[str, str]:
+    return {f"{url}{name}.gz": d for name, d in zip([*_IDX["train"], *_IDX["test"]], digests, strict=True)}
+
+
+_IDX = {s: (f"{p}-images-idx3-ubyte", f"{p}-labels-idx1-ubyte") for s, p in (("train", "train"), ("test", "t10k"))}
+_CIFAR = "https://www.cs.toronto.edu/~kriz/cifar"
+DOWNLOADS: dict[str, dict[str, str]] = {  # official address of each file or archive -> its sha256
+    "cifar10": {f"{_CIFAR}-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
+    "cifar100": {f"{_CIFAR}-100-binary.tar.gz": "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"},
+    "mnist": _idx_downloads(
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",  # torchvision's mirror
+        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+    ),
+    "fashion_mnist": _idx_downloads(
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+        "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+        "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+        "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+    ),
+}
+
+
+def load(name: str, split: Split, root: Path | str | None = None, download: bool = False) -> ImageSet:
+    """Read one split of cifar10, cifar100, mnist, fashion_mnist or sample (embedded Fashion-MNIST) into memory.
+
+    The files lie in the official layout under `root`, else under $DATA_ROOT, else under data/ beside this package; they
+    may hold fewer records than the official ones. With `download` missing files are fetched and their sha256 checked.
+    """
+    if split not in ("train", "test"):
+        raise DataError(f"{name}: there is no split {split!r}, only train and test")
+    if name == "sample":
+        return _image_set(_read_sample(split), _CLOTHES, name, split)
+    if name not in _SOURCES:
+        raise DataError(f"there is no data set {name!r}; known are {', '.join([*_SOURCES, 'sample'])}")
+    source, base = _SOURCES[name], data_root(root)
+    paths, missing = _find(source, split, base)
+    if missing and download:
+        _download(DOWNLOADS[name], base, base / source.folders[0])
+        paths, missing = _find(source, split, base)
+    if missing:
+        raise DataError(
+            f"{name} ({split}): there is no {', '.join(map(str, missing))}; set DATA_ROOT to the folder that holds "
+            f"{source.folders[0]}, let it be downloaded (download: true), or use the embedded images (name: sample)"
+        )
+    return _image_set(source.read(paths), source.classes or _cifar100_classes(paths[0].parent), name, split)
+
+
+def data_root(root: Path | str | None = None) -> Path:
+    """Where data sets lie: `root`, else $DATA_ROOT, else data/ beside this package, whatever the working folder."""
+    chosen = root or os.environ.get("DATA_ROOT")
+    return Path(chosen).expanduser() if chosen else Path(__file__).resolve().parents[1] / "data"
+
+
+def take(image_set: AnySet, indices: Tensor | Sequence[int]) -> AnySet:
+    """The images at `indices` [M], in that order. The digest is derived from the whole set's and the indices."""
+    index = torch.as_tensor(indices, dtype=torch.int64).cpu()
+    rows: list[int] = index.tolist()
+    if rows and (min(rows) < 0 or max(rows) >= len(image_set)):
+        raise DataError(f"{image_set.name}: indices {min(rows)}..{max(rows)} go beyond 0..{len(image_set) - 1}")
+    part: dict[str, Any] = {"labels": image_set.labels[index]}
+    if isinstance(image_set, ImageSet):
+        part["images"] = image_set.images[index]
+    else:
+        part["paths"] = tuple(image_set.paths[i] for i in rows)
+    digest = hashlib.sha256(image_set.digest.encode() + index.numpy().tobytes()).hexdigest()
+    return replace(image_set, digest=digest, **part)
+
+
+def load_folder(root: Path | str, split: Split = "train", classes: Sequence[str] | None = None) -> FileSet:
+    """Image folder root/<class>/**: classes are the subfolders in alphabetical order, or `classes` where given.
+
+    Give the training set's `classes` when reading another split: a folder that lacks one would else shift the labels.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such image folder")
+    found = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = tuple(classes) if classes is not None else tuple(found)
+    if not found or not set(found) <= set(names):
+        strangers = ", ".join(sorted(set(found) - set(names))) or "no subfolder"
+        raise DataError(f"{root}: expected one subfolder a known class (CLASS/image.jpg), found {strangers}")
+    paths, labels = [], []
+    for folder in found:
+        files = sorted(p for p in (root / folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise DataError(f"{root / folder}: no image in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        paths += [p.relative_to(root).as_posix() for p in files]
+        labels += [names.index(folder)] * len(files)
+    return _file_set(root, paths, labels, names, root.name, split)
+
+
+def load_list(
+    list_file: Path | str, image_root: Path | str, num_classes: int | None = None, split: Split = "train"
+) -> FileSet:
+    """Images named by a list of "path label" lines; `num_classes` is the highest label + 1 where not given."""
+    paths, labels = read_list(list_file, num_classes)
+    first = Path(image_root) / paths[0]
+    if not first.is_file():
+        raise DataError(f"{first}: no such image, the first of {list_file}; do its paths start at {image_root}?")
+    classes = tuple(str(c) for c in range(num_classes or max(labels) + 1))
+    return _file_set(Path(image_root), paths, labels, classes, Path(list_file).name.split(".")[0], split)
+
+
+def open_rgb(path: Path) -> "Image.Image":
+    """Decode one image file to 8-bit RGB (grey-scale images get three equal channels)."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not a readable image ({error}); copy it again or leave it out") from error
+
+
+def _image_set(arrays: Arrays, classes: tuple[str, ...], name: str, split: str) -> ImageSet:
+    images, labels = np.ascontiguousarray(arrays[0]), arrays[1].astype(np.int64)
+    digest = hashlib.sha256(repr(images.shape).encode() + labels.tobytes())
+    digest.update(images.data)
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), classes, name, split, digest.hexdigest())
+
+
+def _file_set(root: Path, paths: list[str], labels: list[int], names: Sequence[str], name: str, split: str) -> FileSet:
+    digest = hashlib.sha256("\n".join(f"{p} {c}" for p, c in zip(paths, labels, strict=True)).encode()).hexdigest()
+    return FileSet(tuple(root / p for p in paths), torch.tensor(labels), tuple(names), name, split, digest)
+
+
+def _read_sample(split: str) -> Arrays:
+    raw = _read(SAMPLE)
+    if (found := hashlib.sha256(raw).hexdigest()) != SAMPLE_SHA256:
+        raise DataError(f"{SAMPLE}: damaged: sha256 {found}, expected {SAMPLE_SHA256}; install the package again")
+    with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
+        return arrays[f"{split}_images"][:, None], arrays[f"{split}_labels"]
+
+
+def _read_cifar(label_bytes: int, num_classes: int, paths: Sequence[Path]) -> Arrays:
+    """Binary CIFAR: records of `label_bytes` labels, the last one the class, then 3 x 32 x 32 pixels."""
+    size = label_bytes + 3 * 32 * 32
+    parts = []
+    for path in paths:
+        raw = _read(path)
+        if not raw or len(raw) % size:
+            raise DataError(f"{path}: {len(raw)} bytes are not a whole number of {size}-byte records; copy it again")
+        records = np.frombuffer(raw, np.uint8).reshape(-1, size)
+        _check_labels(path, records[:, label_bytes - 1], num_classes)
+        parts.append(records)
+    records = np.concatenate(parts)
+    return records[:, label_bytes:].reshape(-1, 3, 32, 32), records[:, label_bytes - 1]
+
+
+def _read_mnist(paths: Sequence[Path]) -> Arrays:
+    """An IDX file of 28 x 28 images and one of labels."""
+    images, labels = _read_idx(paths[0], dims=3), _read_idx(paths[1], dims=1)
+    if images.shape[1:] != (28, 28):
+        raise DataError(f"{paths[0]}: images of {images.shape[1]} x {images.shape[2]} pixels, expected 28 x 28")
+    if len(images) != len(labels):
+        raise DataError(f"{paths[0]}: {len(images)} images, but {len(labels)} labels in {paths[1]}")
+    _check_labels(paths[1], labels, 10)
+    return images[:, None], labels
+
+
+def _read_idx(path: Path, dims: int) -> NDArray[np.uint8]:
+    """IDX of unsigned bytes: magic 0, 0, 8, dims; each dimension as a big-endian uint32; the data."""
+    raw, header = _read(path), 4 + 4 * dims
+    if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) < header:
+        raise DataError(f"{path}: starts with {raw[:4].hex()}, expected 000008{dims:02x}: not this kind of IDX file")
+    shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, header, 4)]
+    expected = int(np.prod(shape, dtype=object))
+    if len(raw) - header != expected or not expected:
+        raise DataError(f"{path}: {len(raw) - header} bytes of data, but the header tells of {expected}; copy it again")
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy()  # a copy: torch wants writable memory
+
+
+def _read(path: Path) -> bytes:
+    try:
+        raw = path.read_bytes()
+        return gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); copy it again") from error
+
+
+def _check_labels(path: Path, labels: NDArray[np.uint8], num_classes: int) -> None:
+    record = int(np.argmax(labels >= num_classes))
+    if labels[record] >= num_classes:
+        raise DataError(f"{path}: record {record} has label {labels[record]}, outside 0..{num_classes - 1}")
+
+
+def _cifar100_classes(folder: Path) -> tuple[str, ...]:
+    """The official names, which lie beside the records; numbers where that file is not there."""
+    path = folder / "fine_label_names.txt"
+    names = tuple(_read(path).decode("utf-8", "replace").split()) if path.is_file() else tuple(map(str, range(100)))
+    if len(names) != 100:
+        raise DataError(f"{path}: {len(names)} class names, expected 100")
+    return names
+
+
+class _Source(NamedTuple):
+    folders: tuple[str, ...]  # under the root (or absolute); a download goes into the first
+    files: Mapping[str, tuple[str, ...]]  # of each split
+    read: Callable[[Sequence[Path]], Arrays]
+    classes: tuple[str, ...] | None  # None: named in a file beside the records
+
+
+_CIFAR10_FILES = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)}
+_CIFAR100_FILES = {"train": ("train.bin",), "test": ("test.bin",)}
+_SOURCES = {
+    "cifar10": _Source(("cifar-10-batches-bin",), _CIFAR10_FILES, partial(_read_cifar, 1, 10), _CIFAR10),
+    "cifar100": _Source(("cifar-100-binary",), _CIFAR100_FILES, partial(_read_cifar, 2, 100), None),
+    "mnist": _Source(("MNIST/raw", "mnist"), _IDX, _read_mnist, tuple("0123456789")),
+    # The absolute folder is where Debian's package dataset-fashion-mnist puts it.
+    "fashion_mnist": _Source(
+        ("FashionMNIST/raw", "fashion-mnist", "/usr/share/datasets/fashion-mnist"), _IDX, _read_mnist, _CLOTHES
+    ),
+}
+
+
+def _find(source: _Source, split: str, base: Path) -> tuple[list[Path], list[Path]]:
+    """Files of the first folder that has them all; else the files that are missing, of every folder."""
+    missing: list[Path] = []
+    for folder in source.folders:
+        wanted = [base / folder / file for file in source.files[split]]
+        found = [next((p for p in (w, w.with_name(w.name + ".gz")) if p.is_file()), None) for w in wanted]
+        if paths := [p for p in found if p is not None] if None not in found else []:
+            return paths, []
+        missing += [w for w, p in zip(wanted, found, strict=True) if p is None]
+    return [], missing
+
+
+def _download(items: Mapping[str, str], base: Path, target: Path) -> None:
+    """Fetch, check and unpack into a temporary folder, then move each file to `target`: it is whole or not there."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for url, sha256 in items.items():
+            with tempfile.TemporaryDirectory(dir=base, prefix=".download-") as temporary:
+                files = [_fetch(url, sha256, Path(temporary) / url.rpartition("/")[2])]
+                if url.endswith(".tar.gz"):
+                    with tarfile.open(files[0]) as archive:
+                        archive.extractall(temporary, filter="data")
+                    files = [p for p in (Path(temporary) / target.name).iterdir() if p.is_file()]
+                for path in files:
+                    path.replace(target / path.name)
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise DataError(f"{target}: cannot be filled ({error}); check the space and rights of {base}") from error
+
+
+def _fetch(url: str, sha256: str, file: Path) -> Path:
+    logging.getLogger(__name__).info("downloading %s", url)
+    digest = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, file.open("wb") as out:
+            while chunk := response.read(1 << 20):
+                digest.update(chunk)
+                out.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+    except (OSError, http.client.HTTPException) as error:
+        raise DataError(f"{url}: the download failed ({error}); try again or copy the files by hand") from error
+    if digest.hexdigest() != sha256:
+        raise DataError(f"{url}: sha256 {digest.hexdigest()}, expected {sha256}: cut off or changed; try again")
+    return file
