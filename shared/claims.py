@@ -1,0 +1,125 @@
+"""Claims as code: what a paper says, what was measured, and a verdict that is computed, never written.
+
+A figure is named `method/metric`, as in `fedavg/generic.accuracy`, and is looked up for each seed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from shared.metrics import PairedDifference, mean_and_std, paired_difference
+
+Verdict = Literal["reproduced", "not reproduced", "inconclusive", "not run at this scale"]
+Figures = Mapping[str, Mapping[int, float]]  # "method/metric" -> seed -> value
+MIN_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`left` is above `right`, by paired differences over seeds.
+
+    `right` may be several figures (the one with the best mean is taken, which favours the other side) or a number.
+    `percent` says whether the figures are shares, to be shown in per cent.
+    """
+
+    text: str
+    source: str
+    left: str
+    right: str | tuple[str, ...] | float
+    paper: str = "-"
+    percent: bool = True
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A figure that needs no statistics: it holds in every run or it does not."""
+
+    text: str
+    source: str
+    figure: str
+    relation: Literal["==", "<=", ">="]
+    value: float
+    tolerance: float = 0.0
+    paper: str = "-"
+
+
+Claim = Comparison | Fact
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One row of a study's last table."""
+
+    claim: Claim
+    ours: str
+    n: int
+    verdict: Verdict
+
+
+def judge(claim: Claim, figures: Figures, statistics: bool = True) -> Judgement:
+    """Compare a claim with the figures; `statistics` is False at a scale whose accuracies mean nothing."""
+    if isinstance(claim, Fact):
+        return _judge_fact(claim, figures)
+    if not statistics:
+        return Judgement(claim, "-", 0, "not run at this scale")
+    left = figures.get(claim.left, {})
+    name, right = _opponent(claim.right, figures, left)
+    seeds = sorted(set(left) & set(right))
+    if len(seeds) < MIN_SEEDS:
+        return Judgement(claim, f"{len(seeds)} paired seeds", len(seeds), "not run at this scale")
+    difference = paired_difference([left[s] for s in seeds], [right[s] for s in seeds])
+    ours = show_difference(difference, claim.percent)
+    if isinstance(claim.right, tuple):
+        ours += f" against {name.partition('/')[0]}"
+    return Judgement(claim, ours, difference.n, _side(difference))
+
+
+def _side(difference: PairedDifference) -> Verdict:
+    if difference.low > 0:
+        return "reproduced"
+    return "not reproduced" if difference.high < 0 else "inconclusive"
+
+
+def _opponent(
+    right: str | tuple[str, ...] | float, figures: Figures, left: Mapping[int, float]
+) -> tuple[str, Mapping[int, float]]:
+    if isinstance(right, float | int):
+        return str(right), dict.fromkeys(left, float(right))
+    names = (right,) if isinstance(right, str) else right
+    found = [(name, figures[name]) for name in names if figures.get(name)]
+    if len(found) < len(names) or not found:  # a missing opponent must not make a claim easier
+        return names[0], {}
+    return max(found, key=lambda item: mean_and_std(list(item[1].values()))[0])
+
+
+def _judge_fact(claim: Fact, figures: Figures) -> Judgement:
+    values = list(figures.get(claim.figure, {}).values())
+    if not values:
+        return Judgement(claim, "-", 0, "not run at this scale")
+    slack = claim.tolerance
+    holds = {
+        "==": all(abs(v - claim.value) <= slack for v in values),
+        "<=": all(v <= claim.value + slack for v in values),
+        ">=": all(v >= claim.value - slack for v in values),
+    }[claim.relation]
+    low, high = min(values), max(values)
+    ours = f"{low:.6g}" if math.isclose(low, high, rel_tol=1e-6) else f"{low:.6g} to {high:.6g}"
+    return Judgement(claim, ours, len(values), "reproduced" if holds else "not reproduced")
+
+
+def show_difference(difference: PairedDifference, percent: bool = True) -> str:
+    """`+2.80 ± 0.90 [+0.60, +5.00]`: mean, deviation, 95 % interval of the paired difference."""
+    scale, digits = (100, 2) if percent else (1, 3)
+    mean, std, low, high = (
+        f"{scale * v:{sign}.{digits}f}"
+        for v, sign in zip((difference.mean, difference.std, difference.low, difference.high), "+ ++", strict=True)
+    )
+    return f"{mean} ± {std.strip()} [{low}, {high}]"
+
+
+def show_mean(values: Sequence[float], percent: bool = True) -> str:
+    """`71.2 ± 0.9`: mean and deviation over seeds; without deviation for one seed."""
+    mean, std = mean_and_std(list(values))
+    scale, digits = (100, 1) if percent else (1, 3)
+    return f"{scale * mean:.{digits}f}" + (f" ± {scale * std:.{digits}f}" if len(values) > 1 else "")

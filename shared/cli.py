@@ -1,0 +1,76 @@
+"""What the entry points of all packages have in common: arguments, exit codes, one-line errors."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from shared.errors import ConfigError, InterruptedRunError, UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
+    """Run an entry point: 0 done, 2 something the user can mend (one line on stderr), 130 / 143 interrupted."""
+    try:
+        return main(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        lines = str(error).splitlines() or ["unknown"]
+        head = f"{lines[0]}" if len(lines) == 1 else f"{len(lines)} problems\n  " + "\n  ".join(lines)
+        print(f"error: {head}", file=sys.stderr)
+        return 2
+    except InterruptedRunError as stop:
+        module = main.__module__.rpartition(".")[0]
+        print(f"stopped by {stop}; the state is saved", file=sys.stderr)
+        print(f"continue with: python -m {module}.train --resume {stop.folder}", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def train_parser(package: str, example: str) -> argparse.ArgumentParser:
+    """The arguments of every `<package>.train`."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {package}.train",
+        description=f"Train one model of {package}. The same command again continues an unfinished run.",
+        epilog=f"example: python -m {package}.train --config {example} seed=1",
+    )
+    parser.add_argument("--config", metavar="YAML", help="one complete run: a path, or a name in configs/")
+    parser.add_argument("--resume", metavar="RUN", type=Path, help="continue the run in this folder, bit for bit")
+    parser.add_argument("--previous", action="store_true", help="with --resume: from the state before the last")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, with its size; train nothing")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("runs"), help="runs go below it (runs)")
+    parser.add_argument("--schema", action="store_true", help="print the configuration's JSON schema")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted.key=value, as in the YAML")
+    return parser
+
+
+def find_config(name: str, package: str) -> Path:
+    """A configuration by path (from here or from the repository) or by its name in the package's `configs/`.
+
+    Raises:
+        ConfigError: it is in none of these places; the message lists those that the package has.
+    """
+    folder = REPOSITORY / package / "configs"
+    places = [Path(name), REPOSITORY / name, folder / name, folder / f"{name}.yaml"]
+    for place in places:
+        if place.is_file():
+            return place
+    known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise ConfigError(f"{name}: there is no such configuration; {package} has {known}")
+
+
+def check_shared(package_file: str) -> None:
+    """Another distribution is called `shared` too: make sure that ours, beside the package, was imported.
+
+    Raises:
+        ConfigError: naming the copy that was found.
+    """
+    wanted = Path(package_file).resolve().parents[1] / "shared"
+    found = Path(__file__).resolve().parent
+    if found != wanted:
+        raise ConfigError(f"the package 'shared' was imported from {found}, not from {wanted}; mend PYTHONPATH")

@@ -1,0 +1,262 @@
+"""One run, one folder: configuration, environment, metrics, checkpoint, model, results.
+
+    runs/<paper>/<config>-<method>-s<seed>/
+        config.yaml  environment.json  metrics.jsonl  progress.json  checkpoint/state.ckpt  model/  results.json  plots/
+
+The same command again continues an unfinished run, reports a finished one and refuses another configuration.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from shared import checkpoint
+from shared.config import Section, differences, dump, load
+from shared.errors import ConfigError, InterruptedRunError, RunError
+from shared.gpu import NotFiniteError, describe, peak_memory
+
+SAVE_EVERY_SECONDS = 10.0  # a state is written at most this often; what is saved never depends on when
+PROGRESS_EVERY_SECONDS = 0.3
+
+C = TypeVar("C", bound=Section)
+T = TypeVar("T")
+
+
+class Run(Generic[C]):
+    """An open run folder; as a context manager it holds the folder's lock and listens for Ctrl-C and SIGTERM."""
+
+    def __init__(self, folder: Path, config: C, command: str) -> None:
+        self.folder, self.config, self.command = folder, config, command
+        self.state_path = folder / "checkpoint" / "state.ckpt"
+        self._lock: IO[str] | None = None
+        self._signal: int | None = None
+        self._old_handlers: dict[int, Any] = {}
+        self._saved_at = self._opened_at = time.monotonic()
+        self._shown_at = 0.0
+        self._seconds_before = 0.0
+
+    def __enter__(self) -> Self:
+        self._create()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread
+                self._old_handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._old_handlers.clear()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:  # asked twice: leave at once; the last saved state stands
+            raise InterruptedRunError(number, self.folder)
+        self._signal = number
+
+    def _create(self) -> None:
+        written = self.folder / "config.yaml"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 (held for the life of the run)
+        except OSError as error:
+            raise RunError(f"{self.folder}: cannot be written: {error.strerror}; choose another with --out") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{self.folder}: another process is writing this run; wait for it or choose --out") from None
+        if not written.exists():
+            if leftover := sorted(p.name for p in self.folder.iterdir() if p.name != ".lock"):
+                raise RunError(f"{self.folder}: holds {leftover[0]!r} but is not a run; choose another with --out")
+            checkpoint.atomic_write(self.folder / "environment.json", _json(environment(self.command)))
+            checkpoint.atomic_write(written, dump(self.config).encode())
+            return
+        try:
+            old = load(written, type(self.config))
+        except ConfigError as error:
+            raise RunError(f"{self.folder}: holds a run of another configuration: {error}") from None
+        if changed := differences(old, self.config):
+            shown = "; ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
+            raise RunError(f"{self.folder}: holds a run with another configuration ({shown}); choose another --out")
+
+    @property
+    def results(self) -> dict[str, Any] | None:
+        """What `finish` wrote, or None while the run is not finished."""
+        return read_results(self.folder) if (self.folder / "results.json").exists() else None
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds spent in this run, those before interruptions included."""
+        return self._seconds_before + time.monotonic() - self._opened_at
+
+    def restore(self, previous: bool = False) -> dict[str, Any] | None:
+        """The last saved state (or the one before it), or None for a new run; `metrics.jsonl` is cut back to it.
+
+        Raises:
+            CheckpointError: the state is damaged.
+        """
+        path = checkpoint.previous_of(self.state_path) if previous else self.state_path
+        if not path.exists() and not previous:
+            self._cut_metrics(0)
+            return None
+        saved = checkpoint.load_state(path)
+        self._seconds_before = float(saved["seconds"])
+        self._opened_at = time.monotonic()
+        self._cut_metrics(int(saved["metrics_bytes"]))
+        state = saved["state"]
+        assert isinstance(state, dict)
+        return state
+
+    def save(self, state: Mapping[str, Any], force: bool = False) -> None:
+        """Save the state if the last saving is some seconds ago, or if `force`."""
+        if not force and time.monotonic() - self._saved_at < SAVE_EVERY_SECONDS:
+            return
+        metrics = self.folder / "metrics.jsonl"
+        size = metrics.stat().st_size if metrics.exists() else 0
+        checkpoint.save_state(self.state_path, {"state": state, "metrics_bytes": size, "seconds": self.seconds})
+        self._saved_at = time.monotonic()
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append one line to `metrics.jsonl`."""
+        line = json.dumps({"event": event, **values}) + "\n"
+        try:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise RunError(f"{self.folder / 'metrics.jsonl'}: cannot be written: {error.strerror}") from None
+
+    def steps(self, items: Iterable[T], total: int, unit: str, start: int = 0) -> Iterator[T]:
+        """Iterate and keep `progress.json` up to date, which a study reads; on a terminal, show a bar."""
+        from rich.progress import Progress
+
+        with Progress(
+            *Progress.get_default_columns(),
+            "{task.completed}/{task.total}",
+            disable=not sys.stderr.isatty(),
+            transient=True,
+        ) as bar:
+            task = bar.add_task(unit, total=total, completed=start)
+            for done, item in enumerate(items, start):
+                self._show(done, total, unit)
+                yield item
+                bar.advance(task)
+        self._show(total, total, unit)
+
+    def check(self) -> None:
+        """To be called after each step: raises InterruptedRunError once a signal has come."""
+        if self._signal is not None:
+            raise InterruptedRunError(self._signal, self.folder)
+
+    def finish(self, results: Mapping[str, Any], device: torch.device, precision: str) -> dict[str, Any]:
+        """Write `results.json`: the results, with where and how they were measured."""
+        where = json.loads((self.folder / "environment.json").read_bytes())
+        complete = {
+            **results, "device": describe(device), "precision": precision, "commit": where["commit"],
+            "command": where["command"], "seconds": round(self.seconds, 2), "peak_memory_bytes": peak_memory(device),
+        }  # fmt: skip
+        checkpoint.atomic_write(self.folder / "results.json", _json(complete))
+        return complete
+
+    def not_finite(self, error: NotFiniteError, **where: Any) -> RunError:
+        """Write what is needed to see a non-finite loss again, and the error that says so."""
+        bundle = self.folder / "not_finite.json"
+        details = {"step": error.step, "loss": str(error.loss), **where, "config": dump(self.config)}
+        checkpoint.atomic_write(bundle, _json(details))
+        return RunError(f"{self.folder.name}: {error}; the batch and the configuration are in {bundle}")
+
+    def _show(self, done: int, total: int, unit: str) -> None:
+        now = time.monotonic()
+        if done < total and now - self._shown_at < PROGRESS_EVERY_SECONDS:
+            return
+        self._shown_at = now
+        with contextlib.suppress(OSError):
+            (self.folder / "progress.json").write_text(json.dumps({"done": done, "total": total, "unit": unit}))
+
+    def _cut_metrics(self, size: int) -> None:
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            with open(path, "r+b") as file:
+                file.truncate(size)
+
+
+def folder_name(config_name: str, method: str, seed: int, overrides: Iterable[str]) -> str:
+    """`<config>-<method>-s<seed>`, and a short digest where other overrides make it a different run."""
+    others = sorted(o for o in overrides if not o.startswith(("seed=", "method=", "method.name=", "device=")))
+    digest = "-" + hashlib.sha256("\n".join(others).encode()).hexdigest()[:6] if others else ""
+    return f"{config_name}-{method}-s{seed}{digest}"
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The results of a finished run.
+
+    Raises:
+        RunError: the run is not finished, or the file is damaged.
+    """
+    path = folder / "results.json"
+    try:
+        results = json.loads(path.read_bytes())
+    except OSError:
+        raise RunError(f"{folder}: is not a finished run (no results.json in it)") from None
+    except ValueError:
+        raise RunError(f"{path}: is damaged (not JSON); delete it to make the run finish again") from None
+    assert isinstance(results, dict)
+    return results
+
+
+def read_metrics(folder: Path, event: str) -> list[dict[str, Any]]:
+    """All lines of one event in a run's `metrics.jsonl`."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if row["event"] == event]
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Where a run was made: commit, versions, command."""
+    return {
+        "commit": _git("rev-parse", "HEAD") or "unknown", "dirty": bool(_git("status", "--porcelain")),
+        "python": platform.python_version(), "torch": torch.__version__, "system": platform.platform(),
+        "command": command, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+
+
+def command_line(module: str, arguments: Iterable[str]) -> str:
+    """The command that makes this run again."""
+    return f"python -m {module} {shlex.join(arguments)}"
+
+
+def state_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over named tensors: two runs with the same digest have the same bits."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).resolve().parents[1]
+    try:
+        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
