@@ -1,0 +1,237 @@
+"""Evaluate the generic and the personal models; as a command, recompute the figures of a finished run from its model.
+
+One pass of the backbone over the test images serves the generic heads and all clients' heads.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedloge.algorithm import build_method
+from fedloge.baselines import average_clients
+from fedloge.config import Config, DenseEtfConfig, FedLoGeConfig
+from fedloge.federated import Server, live_state, load_client, start, train_client
+from fedloge.method import class_mask, etf_geometry
+from fedloge.model import Head
+from fedloge.problem import Problem, load_problem
+from shared import metrics
+from shared.checkpoint import load_model
+from shared.cli import check_shared, run_main
+from shared.config import load
+from shared.errors import CheckpointError, RunError
+from shared.gpu import autocast, setup
+from shared.run import read_results
+
+Figures = dict[str, float | None]
+
+
+def evaluate(server: Server, problem: Problem, config: Config) -> tuple[Figures, dict[str, Any]]:
+    """All figures of the present models, and the details behind them (per class, per client).
+
+    A figure is `<generic|personal>[_variant].<metric>`, a share in [0, 1]; a group without classes has None.
+    """
+    figures: Figures = {}
+    details: dict[str, Any] = {}
+    features = global_features(server, problem, config)
+    for variant, head in server.method.generic_heads(server).items():
+        add_generic(figures, details, named("generic", variant), features, head, problem)
+    if server.method.whole_personal:
+        predictions = {"": whole_predictions(server, problem, config)}
+    else:
+        heads = server.method.personal_heads(server)
+        predictions = {name: head_predictions(features, head, problem, config) for name, head in heads.items()}
+    for variant, predicted in predictions.items():
+        add_personal(figures, details, named("personal", variant), predicted, problem)
+    return figures, details
+
+
+def named(kind: str, variant: str) -> str:
+    """`generic` for the headline, `generic_raw` for the variant called raw."""
+    return f"{kind}_{variant}" if variant else kind
+
+
+@torch.no_grad()
+def global_features(server: Server, problem: Problem, config: Config) -> Tensor:
+    """Features [N, d] float32 of all test images, by the global backbone in eval mode."""
+    network = server.network
+    overriding = server.method.generic_state(server)
+    for entry, tensor in live_state(network).items():
+        if entry in overriding or entry in server.state:
+            tensor.copy_(overriding[entry] if entry in overriding else server.state[entry])
+    network.eval()
+    device = problem.test.labels.device
+    with autocast(device, config.precision):
+        parts = [network.features(x).float() for x, _ in problem.test.evaluate(config.evaluate.batch_size)]
+    return torch.cat(parts)
+
+
+def add_generic(
+    figures: Figures, details: dict[str, Any], name: str, features: Tensor, head: Head, problem: Problem
+) -> None:
+    """Accuracy on the whole test set, overall and by shot group; per class in the details."""
+    predicted = torch.nn.functional.linear(features, *head).argmax(dim=1)
+    labels = problem.test.labels
+    per_class = metrics.per_class_accuracy(predicted, labels, len(problem.classes))
+    figures[f"{name}.accuracy"] = metrics.accuracy(predicted, labels)
+    for group, value in metrics.group_accuracy(per_class, problem.groups).items():
+        figures[f"{name}.{group}"] = value
+    details[f"{name}.per_class"] = [round(v, 6) for v in per_class.tolist()]
+
+
+def head_predictions(features: Tensor, head: Head, problem: Problem, config: Config) -> Iterator[Tensor]:
+    """Each client's predictions on its own test images: K small products on features that are there already."""
+    weight, bias = head
+    for client, images in zip(problem.clients, problem.local_tests, strict=True):
+        own_bias = None if bias is None else bias[client.index]
+        logits = torch.nn.functional.linear(features[images], weight[client.index], own_bias)
+        yield masked(logits, client.counts, config).argmax(dim=1)
+
+
+def whole_predictions(server: Server, problem: Problem, config: Config) -> Iterator[Tensor]:
+    """Predictions where a personal model has weights of its own: loaded and fine-tuned client by client."""
+    method, device = server.method, problem.test.labels.device
+    for client, images in zip(problem.clients, problem.local_tests, strict=True):
+        load_client(server, client.index)
+        if phases := method.fine_tuning():
+            names = ("fine tune", server.round, client.index)
+            train_client(server, problem.train, client, phases, config, names, method.fine_tuning_loss)
+        server.network.eval()
+        with torch.no_grad(), autocast(device, config.precision):
+            logits = [
+                method.personal_logits(server.network, problem.test.batch(part, None)[0]).float()
+                for part in images.split(config.evaluate.batch_size)
+                if len(part)
+            ]
+        together = torch.cat(logits) if logits else torch.empty(0, len(problem.classes), device=device)
+        yield masked(together, client.counts, config).argmax(dim=1)
+
+
+def masked(logits: Tensor, counts: Tensor, config: Config) -> Tensor:
+    """The class mask, where the configuration has it: for every method, from training counts."""
+    return class_mask(logits, counts) if config.evaluate.class_mask else logits
+
+
+def add_personal(
+    figures: Figures, details: dict[str, Any], name: str, predictions: Iterator[Tensor], problem: Problem
+) -> None:
+    """Unweighted mean over clients, their spread, the worst tenth, and the mean balanced over each client's classes."""
+    accuracies, balanced = [], []
+    for predicted, images in zip(predictions, problem.local_tests, strict=True):
+        if len(images) == 0:
+            continue
+        labels = problem.test.labels[images]
+        accuracies.append(metrics.accuracy(predicted, labels))
+        per_class = metrics.per_class_accuracy(predicted, labels, len(problem.classes))
+        balanced.append(float(per_class.nanmean()))
+    mean, deviation = metrics.mean_and_std(accuracies)
+    figures[f"{name}.accuracy"] = mean
+    figures[f"{name}.spread"] = deviation if len(accuracies) > 1 else None
+    figures[f"{name}.worst_decile"] = metrics.worst_decile(accuracies)
+    figures[f"{name}.balanced"] = sum(balanced) / len(balanced)
+    details[f"{name}.clients"] = [round(a, 6) for a in accuracies]
+    details["clients_without_test"] = sum(len(images) == 0 for images in problem.local_tests)
+
+
+def geometry(server: Server, problem: Problem, config: Config) -> tuple[Figures, dict[str, Any]]:
+    """Figures that need no test image: the frame's angles and zeros, the heads' lengths, what a client sends."""
+    figures: Figures = {}
+    details: dict[str, Any] = {}
+    sent = {e: t for e, t in server.state.items() if not server.method.is_fixed(e) and t.is_floating_point()}
+    backbone = sum(tensor.numel() for entry, tensor in sent.items() if entry.startswith("backbone."))
+    figures["sent.values"] = float(sum(tensor.numel() for tensor in sent.values()))
+    figures["sent.beyond_backbone"] = figures["sent.values"] - backbone
+    figures["sent.private"] = float(sum(entry in server.private for entry in sent))
+    if "etf.weight" in server.state:
+        found = etf_geometry(server.state["etf.weight"].cpu())
+        figures["etf.zero_share"] = found.zeros / server.state["etf.weight"].numel()
+        figures["etf.angle_error"] = abs(found.mean_angle - found.ideal_angle)
+        figures["etf.min_angle_error"] = found.ideal_angle - found.min_angle
+        assert isinstance(config.method, FedLoGeConfig | DenseEtfConfig)
+        norm = config.method.norm
+        figures["etf.length_error"] = abs(found.length_mean / norm - 1)
+        details["etf.cosines"] = cosines(server.state["etf.weight"])
+    if "personal.weight" in server.private and "classifier.weight" in server.state:
+        counts = torch.tensor(problem.class_counts)
+        shared_lengths = server.state["classifier.weight"].norm(dim=-1).cpu()
+        figures["psi.length_by_frequency"] = metrics.spearman(shared_lengths.tolist(), counts.tolist())
+        own = server.private["personal.weight"].norm(dim=-1).cpu()
+        held = problem.shape.counts.cpu() > 0
+        if bool((~held).any()):
+            figures["phi.absent_over_present"] = float(own[~held].median() / own[held].median())
+        details["psi.lengths"] = [round(v, 5) for v in shared_lengths.tolist()]
+        details["phi.lengths"] = [round(v, 5) for v in average_clients(own, problem.shape.counts.cpu()).tolist()]
+    return figures, details
+
+
+def cosines(weight: Tensor) -> list[list[float]]:
+    """Pairwise cosines of the rows [C, C]."""
+    unit = torch.nn.functional.normalize(weight.float(), dim=1)
+    return [[round(v, 4) for v in row] for row in (unit @ unit.T).cpu().tolist()]
+
+
+def load_server(folder: Path, config: Config, problem: Problem) -> Server:
+    """Build the server of a finished run from the model that the run saved.
+
+    Raises:
+        CheckpointError: the model is missing, damaged, or not that of the configuration.
+    """
+    tensors, description = load_model(folder / "model")
+    method = build_method(config, problem.shape)
+    server = start(method, config.clients.count, problem.test.labels.device)
+    wanted = {f"global.{e}": t for e, t in server.state.items()} | {f"client.{e}": t for e, t in server.private.items()}
+    if set(wanted) != set(tensors) or any(wanted[name].shape != tensors[name].shape for name in wanted):
+        raise CheckpointError(f"{folder / 'model'}: holds another network than the run's configuration describes")
+    for name, tensor in tensors.items():
+        wanted[name].copy_(tensor)
+    server.round = int(description["round"])
+    return server
+
+
+def compare(stated: Figures, found: Figures) -> list[str]:
+    """One line a figure that the saved model does not give again (a difference of over 1e-6)."""
+    return [
+        f"{name}: results.json has {value}, the model gives {found.get(name)}"
+        for name, value in stated.items()
+        if abs((math.nan if (again := found.get(name)) is None else again) - (value or 0.0)) > 1e-6
+        or (value is None) != (again is None)
+    ]
+
+
+def run_eval(arguments: Sequence[str]) -> int:
+    """The command: 0 if every figure of the last round is what the run reported, 1 if not."""
+    parser = argparse.ArgumentParser(prog="python -m fedloge.eval", description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a finished run, runs/fedloge/...")
+    parser.add_argument("--device", default="auto")
+    asked = parser.parse_args(arguments)
+    check_shared(__file__)
+    results = read_results(asked.run)
+    if results.get("paper") != "fedloge":
+        raise RunError(f"{asked.run}: is a run of {results.get('paper')!r}, not of fedloge")
+    config = load(asked.run / "config.yaml", Config)
+    device = setup(asked.device if asked.device != "auto" else config.device, config.threads)
+    problem = load_problem(config, device)
+    if problem.digests != results["data"]["digests"]:
+        raise RunError(f"{asked.run}: the data or its partition is not what the run was trained on")
+    server = load_server(asked.run, config, problem)
+    figures = evaluate(server, problem, config)[0] | geometry(server, problem, config)[0]
+    stated = {row["metric"]: row["value"] for row in results["figures"] if row["at"] in ("final", "once")}
+    wrong = compare(stated, figures)
+    for name, value in figures.items():
+        print(f"{name:32} {'-' if value is None else f'{value:.4f}'}")
+    print("\n".join(wrong) if wrong else f"all {len(stated)} figures of the last round are those of results.json")
+    return 1 if wrong else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Console entry point."""
+    return run_main(run_eval, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Train one federated model with its personal heads: `python -m fedloge.train --config fedloge/configs/smoke.yaml`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.cli import check_shared, find_config, run_main, train_parser
+from shared.config import load, schema
+from shared.errors import ConfigError, InterruptedRunError
+
+if TYPE_CHECKING:
+    from fedloge.config import Config
+    from fedloge.federated import Server
+    from fedloge.problem import Problem
+    from shared.run import Run
+
+
+def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[str, Any]:
+    """Train one federated model; an interrupted run goes on exactly where it stopped, between any two clients."""
+    from fedloge.algorithm import build_method
+    from fedloge.federated import add_client, choose_clients, finish_round, load_client, start, train_client
+    from fedloge.problem import load_problem
+    from shared.gpu import NotFiniteError, setup, stream
+
+    device = setup(config.device, config.threads)
+    problem = load_problem(config, device)
+    method = build_method(config, problem.shape)
+    server = start(method, config.clients.count, device)
+    if saved := run.restore(previous):
+        server.restore(saved)
+    else:
+        run.log("start", **problem.facts())
+
+    for round in run.steps(range(server.round, config.rounds), config.rounds, "round", server.round):
+        chosen = choose_clients(round, config)
+        images_of_round = sum(problem.clients[k].size for k in chosen)
+        for k in chosen[server.position :]:
+            client, draws = problem.clients[k], stream(config.seed, "message", round, k, device=device)
+            load_client(server, k)
+            extra = method.extra_message(server.network, problem.train, client, draws)
+            try:
+                losses = train_client(
+                    server, problem.train, client, method.phases(), config, ("train", round, k), method.loss, run.check
+                )
+            except NotFiniteError as error:
+                raise run.not_finite(error, round=round, client=k, seed=config.seed) from None
+            except InterruptedRunError:
+                run.save(server.snapshot(), force=True)
+                raise
+            add_client(server, client, client.size / images_of_round, extra)
+            run.log("client", round=round, client=k, loss=sum(losses) / len(losses))
+            run.save(server.snapshot())
+        finish_round(server)
+        if due(round, config):
+            log_evaluation(run, server, problem, config)
+        run.save(server.snapshot())
+
+    return finish(run, server, problem, config)
+
+
+def due(round: int, config: "Config") -> bool:
+    """Whether the round ends with an evaluation: every so many rounds, and each of the last ones."""
+    return (round + 1) % config.evaluate.every == 0 or round >= config.rounds - config.evaluate.last
+
+
+def log_evaluation(run: "Run[Config]", server: "Server", problem: "Problem", config: "Config") -> None:
+    """Append all figures of this moment to the run's log."""
+    from fedloge.eval import evaluate, geometry
+
+    figures, details = evaluate(server, problem, config)
+    lengths = {k: v for k, v in geometry(server, problem, config)[0].items() if k.startswith(("psi.", "phi."))}
+    last = server.round == config.rounds
+    run.log("evaluate", round=server.round, figures={**figures, **lengths}, details=details if last else {})
+
+
+def finish(run: "Run[Config]", server: "Server", problem: "Problem", config: "Config") -> dict[str, Any]:
+    """Write the results: the mean over the last rounds (the headline), the last round, and what needs no rounds."""
+    from fedloge.eval import geometry
+    from shared.checkpoint import save_model
+    from shared.gpu import resolve_precision
+    from shared.run import read_metrics, state_digest
+
+    evaluations = [e for e in read_metrics(run.folder, "evaluate") if e["round"] > config.rounds - config.evaluate.last]
+    final = evaluations[-1]["figures"]
+    constant, drawn = geometry(server, problem, config)
+    headline = {name: mean([e["figures"][name] for e in evaluations]) for name in final}
+    figures = [
+        {"at": at, "split": "test", "metric": name, "value": value}
+        for at, values in ((f"last{config.evaluate.last}", headline), ("final", final))
+        for name, value in values.items()
+    ]
+    once = {name: value for name, value in constant.items() if name not in final}
+    figures += [{"at": "once", "split": "-", "metric": name, "value": value} for name, value in once.items()]
+    tensors = {f"global.{e}": t for e, t in server.state.items()} | {
+        f"client.{e}": t for e, t in server.private.items()
+    }
+    description = {"paper": "fedloge", "method": config.method.name, "round": server.round,
+                   "classes": list(problem.classes), "config": config.model_dump(mode="json")}  # fmt: skip
+    save_model(run.folder / "model", tensors, description)
+    device = problem.test.labels.device
+    return run.finish(
+        {
+            "paper": "fedloge", "config": run.folder.name.partition(f"-{config.method.name}-")[0],
+            "method": config.method.name, "seed": config.seed, "figures": figures, "data": problem.facts(),
+            "details": evaluations[-1]["details"] | drawn, "model_digest": state_digest(tensors),
+        },
+        device, resolve_precision(config.precision, device),
+    )  # fmt: skip
+
+
+def mean(values: list[float | None]) -> float | None:
+    """Mean over evaluations; None where a group has no class."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def show(config: "Config", results: dict[str, Any], folder: Path) -> None:
+    """Print the headline figures of a finished run."""
+    at = f"last{config.evaluate.last}"
+    values = {row["metric"]: row["value"] for row in results["figures"] if row["at"] == at}
+    for kind, names in (("generic", ("accuracy", "many", "medium", "few")), ("personal", ("accuracy", "worst_decile"))):
+        found = {name: values[f"{kind}.{name}"] for name in names}
+        cells = "  ".join(f"{name} {'-' if v is None else f'{100 * v:.2f}'}" for name, v in found.items())
+        print(f"{kind:9} {cells}   (%, mean of the last {config.evaluate.last} evaluated rounds)")
+    print(f"{results['seconds']:.0f} s on {results['device']}; results and model in {folder}")
+
+
+def dry_run(config: "Config") -> None:
+    """Print what would run, with its size; train nothing."""
+    from fedloge.algorithm import build_method
+    from fedloge.federated import sent_entries, start
+    from fedloge.problem import load_problem
+    from shared.config import dump
+    from shared.gpu import describe, setup
+
+    device = setup(config.device, config.threads)
+    problem = load_problem(config, device)
+    server = start(build_method(config, problem.shape), config.clients.count, device)
+    count = sum(p.numel() for p in server.network.parameters())
+    sizes = [client.size for client in problem.clients]
+    clients = max(1, int(config.clients.fraction * config.clients.count + 0.5))
+    steps = config.rounds * config.local_epochs * sum(-(-n // config.batch_size) for n in sizes) * clients // len(sizes)
+    model_bytes = sum(t.numel() * t.element_size() for t in server.state.values())
+    private_bytes = sum(t.numel() * t.element_size() for t in server.private.values())
+    sent = sum(server.state[entry].numel() for entry in sent_entries(server))
+    print(dump(config), end="")
+    print(f"# device           {describe(device)}")
+    print(
+        f"# data             {sum(sizes)} training images, {min(sizes)} to {max(sizes)} a client; {len(problem.test)} test"
+    )
+    print(f"# parameters       {count:,} ({sent:,} values sent by a client in a round)")
+    print(f"# local steps      {steps:,} in {config.rounds} rounds")
+    print(f"# memory           {(5 * model_bytes + private_bytes) / 2**20:.1f} MiB for models, before activations")
+
+
+def run_train(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = train_parser("fedloge", "fedloge/configs/mini.yaml")
+    asked = parser.parse_args(arguments)
+    check_shared(__file__)
+    from fedloge.config import Config
+
+    if asked.schema:
+        print(schema(Config), end="")
+        return 0
+    if (asked.config is None) == (asked.resume is None):
+        raise ConfigError("give one of --config and --resume; python -m fedloge.train --help shows examples")
+    path = asked.resume / "config.yaml" if asked.resume else find_config(asked.config, "fedloge")
+    config = load(path, Config, asked.overrides)
+    if asked.dry_run:
+        dry_run(config)
+        return 0
+    from shared.run import Run, command_line, folder_name
+
+    name = folder_name(path.stem, config.method.name, config.seed, asked.overrides)
+    folder = asked.resume or asked.out / "fedloge" / name
+    with Run(folder, config, command_line("fedloge.train", arguments)) as run:
+        results = run.results or train(config, run, asked.previous)
+    show(config, results, folder)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Console entry point."""
+    return run_main(run_train, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
