@@ -31,6 +31,8 @@ class FedAvgGla(FedAvg):
     What it lacks of FedLoGe is the frame alone.
     """
 
+    realigns = True
+
     def __init__(self, config: Config, shape: Shape) -> None:
         super().__init__(config, shape)
         settings = config.method

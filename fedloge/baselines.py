@@ -34,6 +34,7 @@ class FedAvg:
 
     heads_bias = True
     whole_personal = False
+    realigns = False
 
     def __init__(self, config: Config, shape: Shape) -> None:
         self.config, self.shape = config, shape
@@ -160,8 +161,8 @@ class FedBn(FedAvg):
 class FedPer(FedAvg):
     """Arivazhagan et al. 2019: the classifier is private, trained together with the backbone, and never sent.
 
-    Personal model: the averaged backbone with the client's classifier. The method has no generic model: the one reported
-    has the mean of the private classifiers, weighted by client size.
+    Personal model: the averaged backbone with the client's classifier. The method has no generic model: the one
+    reported has the mean of the private classifiers, weighted by client size.
     """
 
     def is_private(self, entry: str) -> bool:
@@ -279,7 +280,7 @@ class FedEtf(FedAvg):
     """Li et al. 2023 (ICCV): a dense frame V as classifier, a learnable projection, a learnable temperature s.
 
     u = P h / ||P h||; training by CE(s V u + log n_{k,c}). V is fixed; backbone, P and s are averaged. Personal model:
-    fine-tuning by plain cross-entropy (the client's prior is wanted there) of the projection, then of a local copy of V.
+    fine-tuning by plain cross-entropy (the client's prior is wanted there) of the projection, then of a copy of V.
     """
 
     heads_bias = False
@@ -349,7 +350,8 @@ def average_clients(values: Tensor, counts: Tensor) -> Tensor:
     if not values.is_floating_point():
         return values.amax(dim=0)
     sizes = counts.sum(dim=1).to(values)
-    return torch.tensordot(sizes / sizes.sum(), values, dims=1)
+    shares = (sizes / sizes.sum()).view(-1, *[1] * (values.dim() - 1))
+    return (shares * values).sum(dim=0)
 
 
 def log_prior(client: Client) -> Tensor:

@@ -94,7 +94,7 @@ class FedAvgFtConfig(Section):
     """FedAvg, each client fine-tuning the final model on its own data."""
 
     name: Literal["fedavg_ft"]
-    fine_tune_epochs: int = Field(1, ge=1)
+    fine_tune_epochs: int = Field(10, ge=1)
 
 
 class FedProxConfig(Section):
@@ -127,7 +127,7 @@ class DittoConfig(Section):
     """Li et al. 2021."""
 
     name: Literal["ditto"]
-    lam: float = Field(0.01, ge=0, description="the pull of the global model on the personal ones")
+    lam: float = Field(0.1, ge=0, description="the pull of the global model on the personal ones")
 
 
 class FedRodConfig(Section):
@@ -140,7 +140,7 @@ class FedBabuConfig(Section):
     """Oh et al. 2022."""
 
     name: Literal["fedbabu"]
-    fine_tune_epochs: int = Field(1, ge=1)
+    fine_tune_epochs: int = Field(10, ge=1)
     fine_tune: Literal["head", "all"] = "all"
 
 
@@ -152,7 +152,7 @@ class FedEtfConfig(Section):
         None, ge=2, description="width of the projected features (default: the features')"
     )
     temperature: Positive = Field(1.0, description="the learnable temperature's first value")
-    fine_tune_epochs: int = Field(1, ge=1, description="epochs of the projection, then of the classifier")
+    fine_tune_epochs: int = Field(3, ge=1, description="epochs of the projection, then of the classifier")
 
 
 class CreffConfig(Section):
@@ -161,7 +161,7 @@ class CreffConfig(Section):
     name: Literal["creff"]
     features_per_class: int = Field(100, ge=1)
     match_steps: int = Field(100, ge=1, description="steps a round that fit the synthetic features to the gradients")
-    match_lr: Positive = 0.1
+    match_lr: Positive = 1.0
     retrain_steps: int = Field(300, ge=1, description="steps a round that retrain the classifier on them")
     retrain_lr: Positive = 0.1
 
@@ -214,7 +214,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     device: str = "auto"
     precision: Precision = "auto"
-    threads: int = Field(0, ge=0, description="CPU threads; 0 takes all cores (the bits of a run depend on it)")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads; 0 takes all cores (a run's bits depend on it)")
 
     @field_validator("method", mode="before")
     @classmethod

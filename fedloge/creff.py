@@ -1,8 +1,8 @@
 """CReFF (Shang et al. 2022): the classifier is trained anew on the server, on features made to fit gradients.
 
-Each round a client sends, for each class that it has, the classifier's mean gradient on its real features of that class.
-The server holds some synthetic features a class, moves them until their gradients point the same way (1 - cosine, row by
-row), trains the classifier on them, in balance, and sends it back.
+Each round a client sends, for each class that it has, the classifier's mean gradient on its real features of the class.
+The server holds some synthetic features a class, moves them until their gradients point the same way (1 - cosine, row
+by row), trains the classifier on them, in balance, and sends it back.
 """
 
 import torch
@@ -13,20 +13,22 @@ from fedloge.baselines import FedAvg, head_of
 from fedloge.config import CreffConfig
 from fedloge.federated import Client, Server, State
 from fedloge.model import Head, Network
-from shared.batches import Batches
+from shared.batches import Batches, split_batches
 from shared.gpu import stream
 
 GRADIENT_BATCH = 500
 
 
 class Synthetic(nn.Module):
-    """The server's features [C, n, d]."""
+    """The server's features [C, n, d], and for which classes a gradient has ever come [C]."""
 
     features: Tensor
+    known: Tensor
 
     def __init__(self, features: Tensor) -> None:
         super().__init__()
         self.register_buffer("features", features)
+        self.register_buffer("known", torch.zeros(len(features), dtype=torch.bool))
 
 
 class Creff(FedAvg):
@@ -52,29 +54,30 @@ class Creff(FedAvg):
         return entry.startswith(("retrained.", "synthetic."))
 
     def extra_message(self, network: Network, source: Batches, client: Client, generator: torch.Generator) -> State:
-        """Mean gradients by class of the retrained classifier, [C, C, d] and [C, C]; and which classes there are [C]."""
+        """Mean gradients by class of the retrained classifier [C, C, d+1], bias last; and the classes it has [C]."""
         network.eval()
         classes = self.shape.num_classes
-        sums: list[Tensor] = []
+        sums = torch.zeros(classes, classes, network.feature_dim + 1, device=client.images.device)
         with torch.no_grad():
-            for images, targets in source.prefetch(client.images.split(GRADIENT_BATCH), generator):
+            for images, targets in source.prefetch(split_batches(client.images, GRADIENT_BATCH), generator):
                 features = network.features(images).float()
                 errors = network.logits("retrained", features).softmax(dim=1) - functional.one_hot(targets, classes)
                 of_class = functional.one_hot(targets, classes).to(features)
-                sums.append(torch.einsum("bk,bc,bd->kcd", of_class, errors, with_one(features)))
+                sums += torch.einsum("bk,bc,bd->kcd", of_class, errors, with_one(features))
         present = client.counts > 0
-        means = torch.stack(sums).sum(dim=0) / client.counts.clamp(min=1)[:, None, None]
+        means = sums / client.counts.clamp(min=1)[:, None, None]
         return {"gradients": means, "present": present.to(means)}
 
     def server_step(self, server: Server, message: State) -> None:
-        """Fit the features to the clients' mean gradients, then retrain the classifier on them."""
+        """Fit the features to the clients' mean gradients, then retrain the classifier on all that were ever fitted."""
         weight, bias = head_of(server.state, "retrained")
         assert bias is not None
         seen = message["present"] > 0
         wanted = message["gradients"] / message["present"].clamp(min=1)[:, None, None]
-        features = server.state["synthetic.features"]
+        features, known = server.state["synthetic.features"], server.state["synthetic.known"]
+        known.logical_or_(seen)
         features.copy_(fit_features(features, wanted, seen, (weight, bias), self.settings))
-        new_weight, new_bias = retrain(features[seen], seen, head_of(server.state, "classifier"), self.settings)
+        new_weight, new_bias = retrain(features[known], known, head_of(server.state, "classifier"), self.settings)
         weight.copy_(new_weight)
         bias.copy_(new_bias)
 
@@ -84,7 +87,7 @@ class Creff(FedAvg):
 
 
 def fit_features(features: Tensor, wanted: Tensor, seen: Tensor, head: Head, settings: CreffConfig) -> Tensor:
-    """Move the features [C, n, d] of the seen classes so that their classifier gradients point as `wanted` [C, C, d+1]."""
+    """Move the features [C, n, d] of the seen classes until their gradients point as `wanted` [C, C, d+1]."""
     moved = features.clone().requires_grad_()
     optimizer = torch.optim.SGD([moved], settings.match_lr)
     for _ in range(settings.match_steps):
@@ -102,13 +105,13 @@ def class_gradients(features: Tensor, head: Head) -> Tensor:
     return torch.einsum("knc,knd->kcd", errors, with_one(features)) / features.shape[1]
 
 
-def retrain(features: Tensor, seen: Tensor, head: Head, settings: CreffConfig) -> tuple[Tensor, Tensor]:
-    """Train a copy of the head on the features [S, n, d] of the S seen classes, all at each step: a balanced set."""
+def retrain(features: Tensor, known: Tensor, head: Head, settings: CreffConfig) -> tuple[Tensor, Tensor]:
+    """Train a copy of the head on the features [S, n, d] of the S known classes, all at each step: a balanced set."""
     weight, bias = head
     assert bias is not None
     new_weight, new_bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
     optimizer = torch.optim.SGD([new_weight, new_bias], settings.retrain_lr)
-    targets = seen.nonzero()[:, 0].repeat_interleave(features.shape[1])
+    targets = known.nonzero()[:, 0].repeat_interleave(features.shape[1])
     for _ in range(settings.retrain_steps):
         optimizer.zero_grad()
         logits = functional.linear(features.flatten(0, 1), new_weight, new_bias)

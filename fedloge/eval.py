@@ -17,7 +17,7 @@ from fedloge.algorithm import build_method
 from fedloge.baselines import average_clients
 from fedloge.config import Config, DenseEtfConfig, FedLoGeConfig
 from fedloge.federated import Server, live_state, load_client, start, train_client
-from fedloge.method import class_mask, etf_geometry
+from fedloge.method import class_mask, etf_geometry, realign_global, realign_local
 from fedloge.model import Head
 from fedloge.problem import Problem, load_problem
 from shared import metrics
@@ -102,12 +102,10 @@ def whole_predictions(server: Server, problem: Problem, config: Config) -> Itera
             names = ("fine tune", server.round, client.index)
             train_client(server, problem.train, client, phases, config, names, method.fine_tuning_loss)
         server.network.eval()
+        parts = [part for part in torch.split(images, config.evaluate.batch_size) if len(part)]
+        batches = problem.test.prefetch(parts, unused)
         with torch.no_grad(), autocast(device, config.precision):
-            logits = [
-                method.personal_logits(server.network, problem.test.batch(part, None)[0]).float()
-                for part in images.split(config.evaluate.batch_size)
-                if len(part)
-            ]
+            logits = [method.personal_logits(server.network, x).float() for x, _ in batches]
         together = torch.cat(logits) if logits else torch.empty(0, len(problem.classes), device=device)
         yield masked(together, client.counts, config).argmax(dim=1)
 
@@ -144,8 +142,8 @@ def geometry(server: Server, problem: Problem, config: Config) -> tuple[Figures,
     details: dict[str, Any] = {}
     sent = {e: t for e, t in server.state.items() if not server.method.is_fixed(e) and t.is_floating_point()}
     backbone = sum(tensor.numel() for entry, tensor in sent.items() if entry.startswith("backbone."))
-    figures["sent.values"] = float(sum(tensor.numel() for tensor in sent.values()))
-    figures["sent.beyond_backbone"] = figures["sent.values"] - backbone
+    values = sum(tensor.numel() for tensor in sent.values())
+    figures |= {"sent.values": float(values), "sent.beyond_backbone": float(values - backbone)}
     figures["sent.private"] = float(sum(entry in server.private for entry in sent))
     if "etf.weight" in server.state:
         found = etf_geometry(server.state["etf.weight"].cpu())
@@ -159,14 +157,26 @@ def geometry(server: Server, problem: Problem, config: Config) -> tuple[Figures,
     if "personal.weight" in server.private and "classifier.weight" in server.state:
         counts = torch.tensor(problem.class_counts)
         shared_lengths = server.state["classifier.weight"].norm(dim=-1).cpu()
-        figures["psi.length_by_frequency"] = metrics.spearman(shared_lengths.tolist(), counts.tolist())
+        rank_correlation = metrics.spearman(shared_lengths.tolist(), counts.tolist())
+        figures["psi.length_by_frequency"] = None if math.isnan(rank_correlation) else rank_correlation  # equal counts
         own = server.private["personal.weight"].norm(dim=-1).cpu()
         held = problem.shape.counts.cpu() > 0
         if bool((~held).any()):
             figures["phi.absent_over_present"] = float(own[~held].median() / own[held].median())
+        if server.method.realigns:
+            add_realignment(figures, server)
         details["psi.lengths"] = [round(v, 5) for v in shared_lengths.tolist()]
         details["phi.lengths"] = [round(v, 5) for v in average_clients(own, problem.shape.counts.cpu()).tolist()]
     return figures, details
+
+
+def add_realignment(figures: Figures, server: Server) -> None:
+    """The largest errors of the two identities of the realignment, on the trained heads."""
+    shared_weight, own = server.state["classifier.weight"], server.private["personal.weight"]
+    figures["gla.unit_row_error"] = float((realign_global(shared_weight).norm(dim=-1) - 1).abs().max())
+    wanted = shared_weight.norm(dim=-1) * own.norm(dim=-1)
+    moved = realign_local(shared_weight, own).norm(dim=-1)
+    figures["gla.norm_transfer_error"] = float(((moved - wanted).abs() / wanted.clamp(min=1e-12)).max())
 
 
 def cosines(weight: Tensor) -> list[list[float]]:
@@ -195,12 +205,13 @@ def load_server(folder: Path, config: Config, problem: Problem) -> Server:
 
 def compare(stated: Figures, found: Figures) -> list[str]:
     """One line a figure that the saved model does not give again (a difference of over 1e-6)."""
-    return [
-        f"{name}: results.json has {value}, the model gives {found.get(name)}"
-        for name, value in stated.items()
-        if abs((math.nan if (again := found.get(name)) is None else again) - (value or 0.0)) > 1e-6
-        or (value is None) != (again is None)
-    ]
+    wrong = []
+    for name, value in stated.items():
+        again = found.get(name)
+        close = value is not None and again is not None and abs(value - again) <= 1e-6
+        if not close and value != again:
+            wrong.append(f"{name}: results.json has {value}, the model gives {again}")
+    return wrong
 
 
 def run_eval(arguments: Sequence[str]) -> int:

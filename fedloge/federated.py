@@ -77,6 +77,10 @@ class Method(Protocol):
         """The clients' heads on the global features, [K, C, d], by name; none if `whole_personal`."""
 
     @property
+    def realigns(self) -> bool:
+        """Whether the heads `classifier` and `personal` are psi and phi of a realignment."""
+
+    @property
     def whole_personal(self) -> bool:
         """Whether personal models differ from the global one in more than the head."""
 
@@ -214,11 +218,28 @@ def set_trained(network: Network, phase: Phase) -> list[nn.Parameter]:
 def local_batches(
     source: Batches, client: Client, batch_size: int, draws: tuple[str | int, ...]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch over a client's images in a new order; a last batch of one image is joined to the one before."""
+    """One epoch over a client's images in a new order."""
+    seed, *names = draws
+    batches = batches_of_epoch(client, batch_size, draws)
+    return source.prefetch(batches, stream(int(seed), "augment", *names, device=client.images.device))
+
+
+def batches_of_epoch(client: Client, batch_size: int, draws: tuple[str | int, ...]) -> list[Tensor]:
+    """The indices of each batch of an epoch; a last batch of one image is joined to the one before."""
     seed, *names = draws
     order = epoch_order(client.size, stream(int(seed), "order", *names)).to(client.images.device)
-    batches = [client.images[part] for part in split_batches(order, batch_size)]
-    return source.prefetch(batches, stream(int(seed), "augment", *names, device=client.images.device))
+    return [client.images[part] for part in split_batches(order, batch_size)]
+
+
+def batch_of_step(
+    client: Client, phases: Sequence[Phase], config: Config, names: tuple[str | int, ...], step: int
+) -> list[int]:
+    """The training images of one step of `train_client`, to see again what a loss that is not finite came from."""
+    batches: list[Tensor] = []
+    for number, phase in enumerate(phases):
+        for epoch in range(phase.epochs):
+            batches += batches_of_epoch(client, config.batch_size, (config.seed, *names, number, epoch))
+    return [int(image) for image in batches[step]]
 
 
 def add_client(server: Server, client: Client, share: float, extra: State) -> None:

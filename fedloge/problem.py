@@ -68,6 +68,10 @@ def load_problem(config: Config, device: torch.device) -> Problem:
     counts = class_counts(train_labels, parts, num_classes)
     test_seed = stream(seed, "local tests").initial_seed() % 2**32
     tests = local_tests(test_labels, counts, settings.local_test, test_seed, settings.local_test_size)
+    if not any(map(len, tests)):
+        raise DataError(
+            f"no client gets a test image of {len(test_labels)}; use clients.local_test=proportional_client"
+        )
     table = torch.from_numpy(counts).to(device)
     clients = tuple(Client(k, torch.from_numpy(part).to(device), table[k]) for k, part in enumerate(parts))
     total = [int(n) for n in counts.sum(axis=0)]

@@ -1,6 +1,7 @@
 """Train one federated model with its personal heads: `python -m fedloge.train --config fedloge/configs/smoke.yaml`."""
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,40 +19,43 @@ if TYPE_CHECKING:
 
 def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[str, Any]:
     """Train one federated model; an interrupted run goes on exactly where it stopped, between any two clients."""
+    from fedloge import federated
     from fedloge.algorithm import build_method
-    from fedloge.federated import add_client, choose_clients, finish_round, load_client, start, train_client
     from fedloge.problem import load_problem
     from shared.gpu import NotFiniteError, setup, stream
 
     device = setup(config.device, config.threads)
     problem = load_problem(config, device)
     method = build_method(config, problem.shape)
-    server = start(method, config.clients.count, device)
+    server = federated.start(method, config.clients.count, device)
     if saved := run.restore(previous):
         server.restore(saved)
     else:
         run.log("start", **problem.facts())
 
     for round in run.steps(range(server.round, config.rounds), config.rounds, "round", server.round):
-        chosen = choose_clients(round, config)
+        chosen = federated.choose_clients(round, config)
         images_of_round = sum(problem.clients[k].size for k in chosen)
         for k in chosen[server.position :]:
             client, draws = problem.clients[k], stream(config.seed, "message", round, k, device=device)
-            load_client(server, k)
+            federated.load_client(server, k)
+            began = time.monotonic()
             extra = method.extra_message(server.network, problem.train, client, draws)
             try:
-                losses = train_client(
+                losses = federated.train_client(
                     server, problem.train, client, method.phases(), config, ("train", round, k), method.loss, run.check
                 )
             except NotFiniteError as error:
-                raise run.not_finite(error, round=round, client=k, seed=config.seed) from None
+                images = federated.batch_of_step(client, method.phases(), config, ("train", round, k), error.step)
+                raise run.not_finite(error, round=round, client=k, seed=config.seed, images=images) from None
             except InterruptedRunError:
                 run.save(server.snapshot(), force=True)
                 raise
-            add_client(server, client, client.size / images_of_round, extra)
-            run.log("client", round=round, client=k, loss=sum(losses) / len(losses))
+            federated.add_client(server, client, client.size / images_of_round, extra)
+            seconds = time.monotonic() - began
+            run.log("client", round=round, client=k, loss=sum(losses) / len(losses), seconds=seconds)
             run.save(server.snapshot())
-        finish_round(server)
+        federated.finish_round(server)
         if due(round, config):
             log_evaluation(run, server, problem, config)
         run.save(server.snapshot())
@@ -95,8 +99,10 @@ def finish(run: "Run[Config]", server: "Server", problem: "Problem", config: "Co
     tensors = {f"global.{e}": t for e, t in server.state.items()} | {
         f"client.{e}": t for e, t in server.private.items()
     }
-    description = {"paper": "fedloge", "method": config.method.name, "round": server.round,
-                   "classes": list(problem.classes), "config": config.model_dump(mode="json")}  # fmt: skip
+    description = {
+        "paper": "fedloge", "method": config.method.name, "round": server.round, "classes": list(problem.classes),
+        "feature_dim": server.network.feature_dim, "config": config.model_dump(mode="json"),
+    }  # fmt: skip
     save_model(run.folder / "model", tensors, description)
     device = problem.test.labels.device
     return run.finish(
@@ -146,9 +152,7 @@ def dry_run(config: "Config") -> None:
     sent = sum(server.state[entry].numel() for entry in sent_entries(server))
     print(dump(config), end="")
     print(f"# device           {describe(device)}")
-    print(
-        f"# data             {sum(sizes)} training images, {min(sizes)} to {max(sizes)} a client; {len(problem.test)} test"
-    )
+    print(f"# data             {sum(sizes)} images, {min(sizes)} to {max(sizes)} a client; {len(problem.test)} to test")
     print(f"# parameters       {count:,} ({sent:,} values sent by a client in a round)")
     print(f"# local steps      {steps:,} in {config.rounds} rounds")
     print(f"# memory           {(5 * model_bytes + private_bytes) / 2**20:.1f} MiB for models, before activations")
@@ -157,7 +161,7 @@ def dry_run(config: "Config") -> None:
 def run_train(arguments: Sequence[str]) -> int:
     """The command."""
     parser = train_parser("fedloge", "fedloge/configs/mini.yaml")
-    asked = parser.parse_args(arguments)
+    asked = parser.parse_intermixed_args(arguments)
     check_shared(__file__)
     from fedloge.config import Config
 

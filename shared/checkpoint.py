@@ -45,11 +45,13 @@ def atomic_write(path: Path, data: bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         sync_folder(path.parent)
+        temporary = None
     except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}; nothing there was changed") from None
+    finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}; nothing there was changed") from None
 
 
 def sync_folder(folder: Path) -> None:
@@ -63,7 +65,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Save a tree of dicts, lists, tensors, numbers, texts and None; the file before it is kept as `previous_of(path)`."""
+    """Save a tree of dicts, lists, tensors, numbers, texts and None; `previous_of(path)` keeps the file before it."""
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_encode(dict(state), tensors))
     payload = save_tensors(tensors, metadata={"tree": tree})
@@ -116,6 +118,8 @@ def keep_previous(path: Path) -> None:
             shutil.copyfile(path, step)
         os.replace(step, previous)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            step.unlink()
         raise RunError(f"{previous}: cannot be written: {error.strerror or error}; {path.name} is untouched") from None
 
 
@@ -144,7 +148,17 @@ def load_model(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     stated = config.get("weights_sha256") if isinstance(config, dict) else None
     if stated != found:
         raise CheckpointError(f"{weights}: is damaged: sha256 {found}, but {description.name} says {stated}")
-    return load_tensors(data), config
+    try:
+        return load_tensors(data), config
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights}: is not a model: {error}") from None
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed while writing left below the folder."""
+    for temporary in folder.rglob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _plain(tensor: Tensor) -> Tensor:

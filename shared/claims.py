@@ -20,7 +20,8 @@ class Comparison:
     """`left` is above `right`, by paired differences over seeds.
 
     `right` may be several figures (the one with the best mean is taken, which favours the other side) or a number.
-    `percent` says whether the figures are shares, to be shown in per cent.
+    `percent` says whether the figures are shares, to be shown in per cent; `headline` whether the claim stands in the
+    one table of all papers.
     """
 
     text: str
@@ -29,6 +30,7 @@ class Comparison:
     right: str | tuple[str, ...] | float
     paper: str = "-"
     percent: bool = True
+    headline: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,13 @@ def _judge_fact(claim: Fact, figures: Figures) -> Judgement:
         ">=": all(v >= claim.value - slack for v in values),
     }[claim.relation]
     low, high = min(values), max(values)
-    ours = f"{low:.6g}" if math.isclose(low, high, rel_tol=1e-6) else f"{low:.6g} to {high:.6g}"
+    ours = number(low) if math.isclose(low, high, rel_tol=1e-6) else f"{number(low)} to {number(high)}"
     return Judgement(claim, ours, len(values), "reproduced" if holds else "not reproduced")
+
+
+def number(value: float) -> str:
+    """A figure as a person writes it: `12,406`, `0.6`, `8.4e-05`."""
+    return f"{int(value):,}" if value == int(value) else f"{value:.2g}" if abs(value) < 0.01 else f"{value:.4g}"
 
 
 def show_difference(difference: PairedDifference, percent: bool = True) -> str:

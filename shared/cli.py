@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,9 +22,9 @@ def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | No
         print(f"error: {head}", file=sys.stderr)
         return 2
     except InterruptedRunError as stop:
-        module = main.__module__.rpartition(".")[0]
+        package = Path(main.__code__.co_filename).parent.name  # under -m, __module__ is only "__main__"
         print(f"stopped by {stop}; the state is saved", file=sys.stderr)
-        print(f"continue with: python -m {module}.train --resume {stop.folder}", file=sys.stderr)
+        print(f"continue with: python -m {package}.train --resume {shlex.quote(str(stop.folder))}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
@@ -58,7 +59,7 @@ def find_config(name: str, package: str) -> Path:
     folder = REPOSITORY / package / "configs"
     places = [Path(name), REPOSITORY / name, folder / name, folder / f"{name}.yaml"]
     for place in places:
-        if place.is_file():
+        if os.path.isfile(place):  # unlike is_file, False also for a name that no file can have
             return place
     known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
     raise ConfigError(f"{name}: there is no such configuration; {package} has {known}")

@@ -46,6 +46,15 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes the texts which `_Loader` would take for numbers, such as `1e4`."""
+
+
+for _first_letter, _resolvers in _Loader.yaml_implicit_resolvers.items():
+    for _tag, _regexp in _resolvers:
+        _Dumper.add_implicit_resolver(_tag, _regexp, [_first_letter])
+
+
 def load(path: Path | str, model: type[Model], overrides: Sequence[str] = ()) -> Model:
     """Read one YAML file, apply `dotted.key=value` overrides and validate.
 
@@ -86,7 +95,8 @@ def parse(text: str, model: type[Model], overrides: Sequence[str] = (), source: 
 
 def dump(config: Section) -> str:
     """The resolved configuration as YAML that `parse` reads back to an equal one."""
-    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110))
+    data = config.model_dump(mode="json")
+    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110))
 
 
 def schema(model: type[Section]) -> str:
@@ -170,12 +180,12 @@ def _scalar(node: yaml.ScalarNode, loc: Location, source: str) -> Any:
     if kind in ("int", "float"):
         if len(text) > 300:
             raise ConfigError(f"{source}:{node.start_mark.line + 1}: {_dotted(loc)}: a number of {len(text)} digits")
-        return int(text) if kind == "int" else float(text.replace(".inf", "inf").replace(".nan", "nan"))
+        return int(text) if kind == "int" else float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     return text
 
 
 def _override(data: dict[str, Any], where: dict[Location, str], override: str) -> None:
-    place = f"{override} (command line)"
+    place = f"{_one_line(override)} (command line)"
     key, equals, text = override.partition("=")
     parts: Location = tuple(key.strip().split("."))
     if not equals or not all(parts):
@@ -218,6 +228,8 @@ def _explain(model: type[Section], data: Any, item: dict[str, Any], where: dict[
     loc = _in_data(data, item["loc"])
     kind, context, found = item["type"], item.get("ctx", {}), item.get("input")
     place = f"{_at(where, loc, source)}: {_dotted(loc)}"
+    if kind == "json_invalid":
+        return f"{source}: holds text that is not Unicode ({context.get('error', item['msg'])})"
     if kind == "extra_forbidden":
         known = _keys(model, item["loc"][:-1])
         close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
@@ -297,7 +309,11 @@ def _at(where: dict[Location, str], loc: Location, source: str) -> str:
 
 
 def _dotted(loc: Location) -> str:
-    return ".".join(str(part) for part in loc) or "(top)"
+    return _one_line(".".join(str(part) for part in loc)) or "(top)"
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _short(value: Any) -> str:

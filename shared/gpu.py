@@ -39,10 +39,13 @@ def setup(device: str = "auto", threads: int = 0) -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen: torch.device | None
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ConfigError(f"device: {device!r} is not a device; use auto, cpu, cuda or cuda:1") from None
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: {device!r} is not a device; use auto, cpu, cuda or cuda:1")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device: {device!r} is not here ({torch.cuda.device_count()} GPUs found); use device=cpu")
     torch.set_num_threads(threads or os.cpu_count() or 1)

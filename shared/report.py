@@ -1,9 +1,10 @@
 """What a study leaves: rows in a CSV, tables in Markdown and on the terminal, and the tables of the READMEs.
 
-`python -m shared.report` writes the tables between the markers of every README anew from `results/`;
-`python -m shared.report --check` only says whether they are up to date.
+`python -m shared.report` writes `results/papers.md` and the tables between the markers of every README, anew from
+`results/`; with `--check` it only says whether they are up to date.
 """
 
+import argparse
 import csv
 import io
 import re
@@ -66,10 +67,15 @@ def read_rows(path: Path) -> list[Row]:
             lines = list(csv.DictReader(file))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, csv.Error) as error:
+        raise DataError(f"{path}: is not CSV text: {error}") from None
     rows = []
     for number, line in enumerate(lines, 2):
         try:
-            numbers = {"seed": int(line["seed"]), "value": float(line["value"]), "seconds": float(line["seconds"])}
+            numbers: dict[str, Any] = {"seed": int(line["seed"])}
+            numbers |= {name: float(line[name]) for name in ("value", "seconds")}
+            if None in line.values():
+                raise ValueError("it is cut short")
             rows.append(Row(**{**line, **numbers}))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}:{number}: is not a row of results: {error}") from None
@@ -103,6 +109,22 @@ def claim_table(judgements: Sequence[Judgement]) -> list[list[str]]:
         unit = " points" if isinstance(item.claim, Comparison) and item.claim.percent and item.n else ""
         rows.append([item.claim.text, item.claim.paper, item.ours + unit, str(item.n or "-"), item.verdict])
     return rows
+
+
+def summary_table(paper: str, judgements: Sequence[Judgement]) -> list[list[str]]:
+    """Head and one row a headline claim, for the one table of all papers."""
+    rows = [["paper", "claim", "ours, n seeds", "verdict"]]
+    for item in judgements:
+        if isinstance(item.claim, Comparison) and item.claim.headline:
+            difference = item.ours + (" points" if item.claim.percent and item.n else "")
+            rows.append([paper, item.claim.text, f"{difference}, n = {item.n}", item.verdict])
+    return rows
+
+
+def papers_table(results: Path) -> str:
+    """All studies' `summary.md` under the folder as one table."""
+    texts = [path.read_text(encoding="utf-8").splitlines() for path in sorted(results.glob("*/*/summary.md"))]
+    return "\n".join([*texts[0][:2], *(line for text in texts for line in text[2:])]) + "\n" if texts else ""
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
@@ -154,16 +176,20 @@ def fill(readme: str, root: Path = REPOSITORY) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Write or check the generated tables of the READMEs."""
+    parser = argparse.ArgumentParser(prog="python -m shared.report", description=main.__doc__)
+    parser.add_argument("--check", action="store_true", help="only say which are stale; exit code 1 if any is")
+    check = parser.parse_args(arguments).check
     stale = []
-    for path in [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("*/README.md"))]:
-        text = path.read_text(encoding="utf-8")
-        filled = fill(text)
-        if filled != text:
+    papers = REPOSITORY / "results" / "papers.md"
+    for path in [papers, REPOSITORY / "README.md", *sorted(REPOSITORY.glob("*/README.md"))]:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        wanted = papers_table(papers.parent) if path == papers else fill(text, REPOSITORY)
+        if wanted != text:
             stale.append(str(path.relative_to(REPOSITORY)))
-            if "--check" not in arguments:
-                atomic_write(path, filled.encode())
-    print("\n".join(f"{'stale' if '--check' in arguments else 'written'}: {name}" for name in stale) or "up to date")
-    return 1 if stale and "--check" in arguments else 0
+            if not check:
+                atomic_write(path, wanted.encode())
+    print("\n".join(f"{'stale' if check else 'written'}: {name}" for name in stale) or "up to date")
+    return 1 if stale and check else 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import platform
 import shlex
 import signal
@@ -50,7 +51,11 @@ class Run(Generic[C]):
         self._seconds_before = 0.0
 
     def __enter__(self) -> Self:
-        self._create()
+        try:
+            self._create()
+        except BaseException:
+            self._unlock()
+            raise
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not in the main thread
                 self._old_handlers[number] = signal.signal(number, self._on_signal)
@@ -62,19 +67,24 @@ class Run(Generic[C]):
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         self._old_handlers.clear()
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             self._lock.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:  # asked twice: leave at once; the last saved state stands
+        if self._signal == number:  # asked twice: leave at once; the last saved state stands
             raise InterruptedRunError(number, self.folder)
-        self._signal = number
+        self._signal = self._signal or number  # a study sends SIGTERM after the terminal's Ctrl-C: that is one wish
 
     def _create(self) -> None:
         written = self.folder / "config.yaml"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 (held for the life of the run)
+            if not written.exists() and (strange := sorted(p.name for p in self.folder.iterdir() if not _ours(p))):
+                raise RunError(f"{self.folder}: holds {strange[0]!r} but is not a run; choose another with --out")
+            self._lock = open(self.folder / ".lock", "a")  # noqa: SIM115 (held for the life of the run)
         except OSError as error:
             raise RunError(f"{self.folder}: cannot be written: {error.strerror}; choose another with --out") from None
         try:
@@ -82,8 +92,7 @@ class Run(Generic[C]):
         except OSError:
             raise RunError(f"{self.folder}: another process is writing this run; wait for it or choose --out") from None
         if not written.exists():
-            if leftover := sorted(p.name for p in self.folder.iterdir() if p.name != ".lock"):
-                raise RunError(f"{self.folder}: holds {leftover[0]!r} but is not a run; choose another with --out")
+            checkpoint.sweep(self.folder)
             checkpoint.atomic_write(self.folder / "environment.json", _json(environment(self.command)))
             checkpoint.atomic_write(written, dump(self.config).encode())
             return
@@ -94,6 +103,7 @@ class Run(Generic[C]):
         if changed := differences(old, self.config):
             shown = "; ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
             raise RunError(f"{self.folder}: holds a run with another configuration ({shown}); choose another --out")
+        checkpoint.sweep(self.folder)
 
     @property
     def results(self) -> dict[str, Any] | None:
@@ -128,7 +138,10 @@ class Run(Generic[C]):
         if not force and time.monotonic() - self._saved_at < SAVE_EVERY_SECONDS:
             return
         metrics = self.folder / "metrics.jsonl"
-        size = metrics.stat().st_size if metrics.exists() else 0
+        metrics.touch()
+        with open(metrics, "rb") as file:  # what the state counts on must outlive a power cut as the state does
+            os.fsync(file.fileno())
+            size = file.seek(0, os.SEEK_END)
         checkpoint.save_state(self.state_path, {"state": state, "metrics_bytes": size, "seconds": self.seconds})
         self._saved_at = time.monotonic()
 
@@ -190,9 +203,15 @@ class Run(Generic[C]):
 
     def _cut_metrics(self, size: int) -> None:
         path = self.folder / "metrics.jsonl"
-        if path.exists():
-            with open(path, "r+b") as file:
-                file.truncate(size)
+        if (found := path.stat().st_size if path.exists() else 0) < size:
+            raise RunError(f"{path}: has {found} bytes, but had {size} when the state was saved; this run is damaged")
+        if found:
+            os.truncate(path, size)
+
+
+def _ours(path: Path) -> bool:
+    """Whether a run that was killed before it wrote its configuration may have left this file."""
+    return path.name in (".lock", "environment.json") or (path.name.startswith(".") and path.suffix == ".tmp")
 
 
 def folder_name(config_name: str, method: str, seed: int, overrides: Iterable[str]) -> str:
@@ -215,7 +234,8 @@ def read_results(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder}: is not a finished run (no results.json in it)") from None
     except ValueError:
         raise RunError(f"{path}: is damaged (not JSON); delete it to make the run finish again") from None
-    assert isinstance(results, dict)
+    if not isinstance(results, dict):
+        raise RunError(f"{path}: is damaged (not a mapping); delete it to make the run finish again")
     return results
 
 

@@ -8,14 +8,18 @@ beside it: the number of workers changes the time, never a bit.
 import contextlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 import torch
@@ -76,13 +80,14 @@ def choose_scale(asked: str) -> tuple[Scale, str]:
 def run_jobs(module: str, jobs: Sequence[Job], workers: int = 0) -> dict[str, Outcome]:
     """Run all jobs, `workers` at a time (0: one a core, or one in all on a GPU); returns job name -> outcome.
 
-    Ctrl-C stops the running jobs, which save their states, and is raised again: the same command continues.
+    Ctrl-C (or SIGTERM) stops the running jobs, which save their states, and is raised again: the same command
+    continues.
     """
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", module])
     waiting, running, outcomes = list(jobs), list[_Running](), dict[str, Outcome]()
-    with _one_thread_each(), _display(len(jobs)) as show:
+    with _one_thread_each(), _stopped_by_sigterm(), _display(len(jobs)) as show:
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
@@ -134,9 +139,10 @@ def progress_of(folder: Path) -> float:
     """The share of a run that is done, from its `progress.json`; 0 where that cannot be read."""
     try:
         state = json.loads((folder / "progress.json").read_bytes())
-        return float(state["done"]) / float(state["total"])
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        share = float(state["done"]) / float(state["total"])
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
         return 0.0
+    return min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.0
 
 
 def log_of(job: Job) -> Path:
@@ -154,18 +160,22 @@ def _start(context: multiprocessing.context.ForkServerContext, module: str, job:
 
 
 def _work(module: str, arguments: Sequence[str], log: str) -> None:
-    with open(log, "w", buffering=1, encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        sys.stdout = sys.stderr = file
-        sys.exit(importlib.import_module(module).main(arguments))
+    file = open(log, "w", buffering=1, encoding="utf-8")  # noqa: SIM115 (open to the end, for a traceback)
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = file
+    sys.exit(importlib.import_module(module).main(arguments))
 
 
 def _outcome(item: _Running) -> Outcome:
     code, seconds = item.process.exitcode or 0, time.monotonic() - item.started
     if not code:
         return Outcome(code, seconds)
-    lines = [line.strip() for line in log_of(item.job).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        printed = log_of(item.job).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        printed = ""
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
     last = lines[-1] if lines else f"ended by signal {-code}" if code < 0 else f"exit code {code}"
     return Outcome(code, seconds, f"{last} ({log_of(item.job)})")
 
@@ -184,6 +194,23 @@ def _one_thread_each() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends a study as Ctrl-C does: by an exception, so that its jobs are stopped too."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Show:

@@ -1,0 +1,191 @@
+"""The study: methods x seeds, a table, a verdict for each claim, plots. `python -m fedloge.reproduce --scale mini`."""
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.cli import REPOSITORY, check_shared, find_config, run_main
+from shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedloge.config import Config
+    from shared.report import Row
+    from shared.study import Job
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a scale runs: configurations, seeds, and whether its accuracies mean anything."""
+
+    configs: tuple[str, ...]
+    seeds: int
+    statistics: bool
+    left_out: tuple[str, ...] = ()
+
+
+CIFAR = tuple(f"cifar{n}_lt_if{f}_alpha{a}" for n in (10, 100) for f in (50, 100) for a in ("05", "1"))
+PLANS = {
+    "smoke": Plan(("smoke",), 1, statistics=False),
+    # the network of `mini` has no batch norm, without which FedBN is FedAvg
+    "mini": Plan(("mini",), 5, statistics=True, left_out=("fedbn",)),
+    "paper": Plan(CIFAR, 3, statistics=True),
+}
+COLUMNS = {
+    "GM": "generic.accuracy", "GM many": "generic.many", "GM medium": "generic.medium", "GM few": "generic.few",
+    "PM": "personal.accuracy", "PM worst tenth": "personal.worst_decile", "PM balanced": "personal.balanced",
+}  # fmt: skip
+
+
+def jobs_of(config_path: Path, methods: Sequence[str], seeds: int, out: Path) -> "list[Job]":
+    """One training command a method and seed; seeds outermost, so that an early stop leaves whole seeds."""
+    from fedloge.config import Config
+    from shared.config import load
+    from shared.run import folder_name
+    from shared.study import Job
+
+    config = load(config_path, Config)
+    jobs = []
+    for seed in range(seeds):
+        for method in methods:
+            overrides = [f"seed={seed}", *method_override(config, method)]
+            folder = out / "fedloge" / folder_name(config_path.stem, method, seed, overrides)
+            arguments = ("--config", shown(config_path), "--out", str(out), *overrides)
+            jobs.append(Job(method, seed, folder, arguments))
+    return jobs
+
+
+def method_override(config: "Config", method: str) -> list[str]:
+    """The override that chooses a method; the dense control takes the row length of the configuration's own method."""
+    from fedloge.config import FedLoGeConfig
+
+    if method == config.method.name:
+        return []
+    if method == "dense_etf" and isinstance(config.method, FedLoGeConfig):
+        return [f"method={{name: dense_etf, norm: {config.method.norm}}}"]
+    return [f"method={method}"]
+
+
+def shown(path: Path) -> str:
+    """A path from the repository, so that the recorded command works for others."""
+    path = path.resolve()
+    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else str(path)
+
+
+def study_rows(config_name: str, results: dict[str, Any], command: str) -> "list[Row]":
+    """Figures of the study itself: counts and sizes that no run is needed for."""
+    from fedloge.model import build_backbone
+    from shared.longtail import exponential_counts
+    from shared.report import Row
+
+    values = {
+        "images.cifar10_if100": sum(exponential_counts(5000, 10, 100)),
+        "images.cifar100_if100": sum(exponential_counts(500, 100, 100)),
+        "parameters.resnet18": sum(p.numel() for p in build_backbone("resnet18", 3, 32, seed=0).parameters()),
+    }
+    common = {key: results[key] for key in ("device", "precision", "commit")}
+    return [
+        Row(paper="fedloge", config=config_name, method="study", seed=0, at="once", split="-", metric=metric,
+            value=value, seconds=0.0, command=command, **common)
+        for metric, value in values.items()
+    ]  # fmt: skip
+
+
+def report(
+    config_path: Path, methods: Sequence[str], jobs: "Sequence[Job]", statistics: bool, folder: Path, command: str
+) -> None:
+    """Write rows, tables, verdicts and plots of the finished runs of one configuration, and print the tables."""
+    from fedloge.claims import all_claims
+    from fedloge.config import Config, FedLoGeConfig
+    from fedloge.model import build_backbone
+    from fedloge.plots import draw
+    from shared import report as shared_report
+    from shared.checkpoint import atomic_write
+    from shared.claims import judge
+    from shared.config import load
+    from shared.run import read_results
+
+    done = [job for job in jobs if (job.folder / "results.json").exists()]
+    if not done:
+        raise ConfigError("no run of the study has finished; the lines above say why")
+    results = {job.name: read_results(job.folder) for job in done}
+    rows = [row for result in results.values() for row in shared_report.rows_of(result)]
+    rows += study_rows(config_path.stem, next(iter(results.values())), command)
+    config = load(config_path, Config)
+    at = f"last{config.evaluate.last}"
+    figures = shared_report.figures_of(rows, at)
+    one = next(iter(results.values()))
+    sparsity = config.method.sparsity if isinstance(config.method, FedLoGeConfig) else 0.0
+    width = build_backbone(config.model.name, len(config.data.mean), config.data.image_size or 32, seed=0).feature_dim
+    judgements = [
+        judge(claim, figures, statistics) for claim in all_claims(len(one["data"]["class_counts"]), width, sparsity)
+    ]
+    judgements.sort(key=lambda item: item.verdict == "not run at this scale")
+    table = shared_report.method_table(figures, methods, COLUMNS)
+    claims = shared_report.claim_table(judgements)
+    shared_report.write_rows(folder / "results.csv", rows)
+    text = (
+        f"Accuracy in %, mean ± deviation over seeds; each run's figure is the mean of its last {config.evaluate.last} "
+        f"evaluated rounds on the balanced test set (GM) or the mean over clients on their own (PM). "
+        f"{one['device']}, {one['precision']}, commit {one['commit'][:10]}, "
+        f"`{command}`.\n\n"
+    )
+    atomic_write(folder / "methods.md", (text + shared_report.markdown(table)).encode())
+    atomic_write(folder / "claims.md", shared_report.markdown(claims).encode())
+    summary = shared_report.summary_table(f"FedLoGe, `{config_path.stem}`", judgements)
+    atomic_write(folder / "summary.md", shared_report.markdown(summary).encode())
+    draw([job.folder for job in done], folder / "plots")
+    shared_report.show(f"{config_path.stem}: accuracy in % (mean ± deviation over seeds)", table)
+    shared_report.show(f"{config_path.stem}: the paper's claims", claims)
+    print(f"{len(done)} of {len(jobs)} runs; report in {folder}")
+
+
+def run_reproduce(arguments: Sequence[str]) -> int:
+    """The command: 0 when all runs ended well, whatever the verdicts; 1 when a run failed."""
+    parser = argparse.ArgumentParser(prog="python -m fedloge.reproduce", description=__doc__)
+    parser.add_argument("--scale", default="auto", help="auto, smoke (seconds), mini (minutes on a CPU), paper (a GPU)")
+    parser.add_argument("--config", help="one configuration instead of the scale's own")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="some methods instead of all")
+    parser.add_argument("--seeds", type=int, help="number of seeds instead of the scale's own")
+    parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one a core)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="runs and report go below it (runs)")
+    parser.add_argument("--publish", action="store_true", help="copy the report to results/fedloge/<config>")
+    asked = parser.parse_args(arguments)
+    check_shared(__file__)
+    from fedloge.algorithm import METHODS
+    from shared.run import command_line
+    from shared.study import choose_scale, run_jobs
+
+    scale, why = choose_scale(asked.scale)
+    print(why, flush=True)
+    plan = PLANS[scale]
+    if strangers := [name for name in asked.methods or () if name not in METHODS]:
+        raise ConfigError(f"--methods {strangers[0]}: unknown; choose from {', '.join(METHODS)}")
+    if asked.seeds is not None and asked.seeds < 1:
+        raise ConfigError(f"--seeds {asked.seeds}: at least one seed is needed")
+    methods = asked.methods or [name for name in METHODS if name not in plan.left_out]
+    failed = 0
+    for name in [asked.config] if asked.config else plan.configs:
+        started = time.monotonic()
+        path = find_config(name, "fedloge")
+        jobs = jobs_of(path, methods, asked.seeds or plan.seeds, asked.out)
+        failed += sum(outcome.code != 0 for outcome in run_jobs("fedloge.train", jobs, asked.workers).values())
+        folder = asked.out / "fedloge" / f"report-{path.stem}"
+        report(path, methods, jobs, plan.statistics, folder, command_line("fedloge.reproduce", arguments))
+        print(f"{time.monotonic() - started:.0f} s for {path.stem}")
+        if asked.publish:
+            shutil.copytree(folder, REPOSITORY / "results" / "fedloge" / path.stem, dirs_exist_ok=True)
+    return 1 if failed else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Console entry point."""
+    return run_main(run_reproduce, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
