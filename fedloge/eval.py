@@ -96,6 +96,7 @@ def head_predictions(features: Tensor, head: Head, problem: Problem, config: Con
 def whole_predictions(server: Server, problem: Problem, config: Config) -> Iterator[Tensor]:
     """Predictions where a personal model has weights of its own: loaded and fine-tuned client by client."""
     method, device = server.method, problem.test.labels.device
+    unused = torch.Generator()  # test images are not augmented
     for client, images in zip(problem.clients, problem.local_tests, strict=True):
         load_client(server, client.index)
         if phases := method.fine_tuning():
