@@ -3,6 +3,7 @@
 PYTHON ?= python3
 SCALE  ?= auto
 BIN    := .venv/bin
+UV     := $(shell command -v uv || echo .uv/bin/uv)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test check reproduce reproduce-fedloge bench tables schema lock
@@ -14,11 +15,11 @@ help: ## show this list
 setup: .venv/ready ## make the locked environment in .venv (installs uv if it is missing)
 
 .venv/ready: requirements.lock pyproject.toml
-	@command -v uv >/dev/null || $(PYTHON) -m pip install --quiet uv || \
-	  { echo "error: uv is missing and could not be installed; see https://docs.astral.sh/uv" >&2; exit 2; }
-	@test -x $(BIN)/python || uv venv --quiet --python ">=3.11" .venv
-	VIRTUAL_ENV=.venv uv pip sync --quiet --require-hashes --compile-bytecode requirements.lock
-	VIRTUAL_ENV=.venv uv pip install --quiet --no-deps --editable .
+	@command -v $(UV) >/dev/null || { $(PYTHON) -m venv .uv && .uv/bin/pip install --quiet uv; } || \
+	  { echo "error: uv is missing and could not be installed with $(PYTHON) -m venv and pip" >&2; exit 2; }
+	@test -x $(BIN)/python || $(UV) venv --quiet --python ">=3.11" .venv
+	VIRTUAL_ENV=.venv $(UV) pip sync --quiet --require-hashes --compile-bytecode requirements.lock
+	VIRTUAL_ENV=.venv $(UV) pip install --quiet --no-deps --editable .
 	@touch $@
 
 test: setup ## the whole suite (what CI runs)
@@ -47,4 +48,4 @@ schema: setup ## JSON schemas of the configurations, for editors, in schemas/
 	$(BIN)/python -m fedloge.train --schema > schemas/fedloge.json
 
 lock: ## resolve the dependencies anew (review the diff)
-	uv pip compile --quiet --universal --generate-hashes --group dev pyproject.toml -o requirements.lock
+	$(UV) pip compile --quiet --universal --generate-hashes --group dev pyproject.toml -o requirements.lock

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedloge import baselines
-from fedloge.baselines import FedAvg, head_of
+from fedloge.baselines import FedAvg
 from fedloge.config import Config, DenseEtfConfig, FedAvgGlaConfig, FedLoGeConfig
 from fedloge.creff import Creff
 from fedloge.federated import Client, Server, State
 from fedloge.method import PERSONAL_RULES, local_objective, personal_heads, realign_global, sparse_etf
-from fedloge.model import Head, Network, Shape
+from fedloge.model import Head, Network, Shape, head_of
 
 
 class Frame(nn.Module):

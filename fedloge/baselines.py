@@ -21,7 +21,7 @@ from fedloge.config import (
 )  # fmt: skip
 from fedloge.federated import Client, Phase, Server, State
 from fedloge.method import simplex_etf
-from fedloge.model import Head, Network, Shape, build_backbone, linear_head
+from fedloge.model import Head, Network, Shape, average_clients, build_backbone, for_all, head_of, linear_head
 from shared.batches import Batches
 from shared.gpu import stream
 
@@ -279,8 +279,9 @@ class FedBabu(FedAvg):
 class FedEtf(FedAvg):
     """Li et al. 2023 (ICCV): a dense frame V as classifier, a learnable projection, a learnable temperature s.
 
-    u = P h / ||P h||; training by CE(s V u + log n_{k,c}). V is fixed; backbone, P and s are averaged. Personal model:
-    fine-tuning by plain cross-entropy (the client's prior is wanted there) of the projection, then of a copy of V.
+    u = P h / ||P h||; training by CE(s V u + log n_{k,c}). V is fixed; backbone, P and log s (so s > 0) are averaged.
+    Personal model: fine-tuning by plain cross-entropy (the client's prior is wanted there), an epoch of the projection
+    and an epoch of a copy of V in turn.
     """
 
     heads_bias = False
@@ -291,15 +292,12 @@ class FedEtf(FedAvg):
         settings = self.config.method
         assert isinstance(settings, FedEtfConfig)
         network = super().network()
-        feature_dim = network.feature_dim
-        width = settings.projection_dim or feature_dim
-        network["projection"] = nn.Linear(feature_dim, width, bias=False, device="meta").to_empty(device="cpu")
-        projection = linear_head(feature_dim, width, bias=False, seed=self.init_seed("projection"))
-        network["projection"].load_state_dict(projection.state_dict())
+        width = settings.projection_dim or network.feature_dim
+        network["projection"] = linear_head(network.feature_dim, width, False, self.init_seed("projection"))
         network["classifier"] = linear_head(width, self.shape.num_classes, bias=False, seed=0)
         frame = simplex_etf(width, self.shape.num_classes, self.init_seed("etf"))
         network["classifier"].load_state_dict({"weight": frame})
-        network["temperature"] = nn.ParameterList([torch.tensor(settings.temperature)])
+        network["temperature"] = nn.ParameterList([torch.tensor(settings.temperature).log()])
         return network
 
     def is_fixed(self, entry: str) -> bool:
@@ -311,11 +309,14 @@ class FedEtf(FedAvg):
         return functional.cross_entropy(self.personal_logits(network, images) + log_prior(client), targets)
 
     def fine_tuning(self) -> Sequence[Phase]:
-        """The projection, then the client's copy of V."""
+        """The projection and the client's copy of V, in turn."""
         settings = self.config.method
         assert isinstance(settings, FedEtfConfig)
-        return [Phase(settings.fine_tune_epochs, lambda entry, part=part: entry.startswith(part))  # type: ignore[misc]
-                for part in ("projection.", "classifier.")]  # fmt: skip
+        turn = [
+            Phase(1, lambda entry: entry.startswith("projection.")),
+            Phase(1, lambda entry: entry.startswith("classifier.")),
+        ]
+        return turn * settings.fine_tune_epochs
 
     def fine_tuning_loss(
         self, network: Network, images: Tensor, targets: Tensor, client: Client, received: State
@@ -324,34 +325,14 @@ class FedEtf(FedAvg):
         return functional.cross_entropy(self.personal_logits(network, images), targets)
 
     def generic_heads(self, server: Server) -> dict[str, Head]:
-        """V P, one linear map: the feature's length and s > 0 do not change which class is largest."""
+        """V P, one linear map: neither the length of P h nor s > 0 changes which class is largest."""
         return {"": (server.state["classifier.weight"] @ server.state["projection.weight"], None)}
 
     def personal_logits(self, network: Network, images: Tensor) -> Tensor:
         """s V u."""
         projected = network.logits("projection", network.features(images))
-        scale = next(network["temperature"].parameters())
+        scale = next(network["temperature"].parameters()).exp()
         return scale * network.logits("classifier", functional.normalize(projected, dim=1))
-
-
-def head_of(state: State, part: str) -> Head:
-    """The linear head of that name: weight and bias (or None)."""
-    return state[f"{part}.weight"], state.get(f"{part}.bias")
-
-
-def for_all(head: Head, num_clients: int) -> Head:
-    """One head for every client: [C, d] -> [K, C, d], without copying."""
-    weight, bias = head
-    return weight.expand(num_clients, -1, -1), None if bias is None else bias.expand(num_clients, -1)
-
-
-def average_clients(values: Tensor, counts: Tensor) -> Tensor:
-    """Mean over clients [K, ...] -> [...], weighted by their training images; integers: the largest."""
-    if not values.is_floating_point():
-        return values.amax(dim=0)
-    sizes = counts.sum(dim=1).to(values)
-    shares = (sizes / sizes.sum()).view(-1, *[1] * (values.dim() - 1))
-    return (shares * values).sum(dim=0)
 
 
 def log_prior(client: Client) -> Tensor:

@@ -39,6 +39,11 @@ class DataConfig(Section):
         missing = [key for key, value in wanted.items() if value is None]
         if self.name == "list" and missing:
             raise ValueError(f"a list data set needs {', '.join(missing)} as well")
+        given = {"imbalance_factor": self.imbalance_factor > 1, "n_max": self.n_max is not None,
+                 "augment": self.augment != "none", "profile": self.profile != "exponential"}  # fmt: skip
+        surplus = ", ".join(key for key, value in given.items() if value)
+        if self.name == "list" and surplus:
+            raise ValueError(f"a list data set is taken as it is listed; remove {surplus}")
         return self
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedloge.baselines import FedAvg, head_of
+from fedloge.baselines import FedAvg
 from fedloge.config import CreffConfig
 from fedloge.federated import Client, Server, State
-from fedloge.model import Head, Network
+from fedloge.model import Head, Network, head_of
 from shared.batches import Batches, split_batches
 from shared.gpu import stream
 

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from fedloge.algorithm import build_method
-from fedloge.baselines import average_clients
 from fedloge.config import Config, DenseEtfConfig, FedLoGeConfig
 from fedloge.federated import Server, live_state, load_client, start, train_client
 from fedloge.method import class_mask, etf_geometry, realign_global, realign_local
-from fedloge.model import Head
+from fedloge.model import Head, average_clients
 from fedloge.problem import Problem, load_problem
 from shared import metrics
 from shared.checkpoint import load_model
@@ -81,7 +80,7 @@ def add_generic(
     figures[f"{name}.accuracy"] = metrics.accuracy(predicted, labels)
     for group, value in metrics.group_accuracy(per_class, problem.groups).items():
         figures[f"{name}.{group}"] = value
-    details[f"{name}.per_class"] = [round(v, 6) for v in per_class.tolist()]
+    details[f"{name}.per_class"] = [None if math.isnan(v) else round(v, 6) for v in per_class.tolist()]
 
 
 def head_predictions(features: Tensor, head: Head, problem: Problem, config: Config) -> Iterator[Tensor]:
@@ -206,7 +205,7 @@ def load_server(folder: Path, config: Config, problem: Problem) -> Server:
 
 def compare(stated: Figures, found: Figures) -> list[str]:
     """One line a figure that the saved model does not give again (a difference of over 1e-6)."""
-    wrong = []
+    wrong = [f"{name}: is not in results.json, the model gives {found[name]}" for name in found if name not in stated]
     for name, value in stated.items():
         again = found.get(name)
         close = value is not None and again is not None and abs(value - again) <= 1e-6

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -109,6 +109,26 @@ def linear_head(feature_dim: int, num_classes: int, bias: bool, seed: int) -> nn
         for parameter in head.parameters():
             parameter.uniform_(-bound, bound, generator=generator)
     return head
+
+
+def head_of(state: Mapping[str, Tensor], part: str) -> Head:
+    """The linear head of that name: weight and bias (or None)."""
+    return state[f"{part}.weight"], state.get(f"{part}.bias")
+
+
+def for_all(head: Head, num_clients: int) -> Head:
+    """One head for every client: [C, d] -> [K, C, d], without copying."""
+    weight, bias = head
+    return weight.expand(num_clients, -1, -1), None if bias is None else bias.expand(num_clients, -1)
+
+
+def average_clients(values: Tensor, counts: Tensor) -> Tensor:
+    """Mean over clients [K, ...] -> [...], weighted by their training images; integers: the largest."""
+    if not values.is_floating_point():
+        return values.amax(dim=0)
+    sizes = counts.sum(dim=1).to(values)
+    shares = (sizes / sizes.sum()).view(-1, *[1] * (values.dim() - 1))
+    return (shares * values).sum(dim=0)
 
 
 def _resnet(name: str, in_channels: int, *, cifar_stem: bool) -> nn.Module:

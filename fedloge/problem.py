@@ -96,8 +96,9 @@ def load_sets(config: DataConfig) -> tuple[ImageSet | FileSet, ImageSet | FileSe
         assert config.image_root is not None
         root, classes = in_data_root(config.image_root), config.num_classes
         train_files = data.load_list(in_data_root(config.train_list), root, classes, split="train")
+        test_files = data.load_list(in_data_root(config.test_list), root, classes, split="test")
         check_complete(train_files)
-        return train_files, data.load_list(in_data_root(config.test_list), root, classes, split="test")
+        return train_files, test_files
     train_set, test_set = (data.load(config.name, split, download=config.download) for split in ("train", "test"))
     check_complete(train_set)
     available = longtail.class_counts(train_set.labels, len(train_set.classes))

@@ -1,0 +1,427 @@
+"""Evaluation: generic and personal figures by hand, the class mask, the command that checks a run, a run end to end."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+from fedloge import eval as evaluation
+from fedloge import train
+from fedloge.eval import add_personal, compare, evaluate, geometry, global_features, head_predictions
+from fedloge.federated import load_client
+from shared.batches import Resident
+from shared.checkpoint import load_model, save_model
+from shared.longtail import ShotGroups
+
+pytestmark = pytest.mark.filterwarnings("ignore:at sparsity")
+
+
+# --- the generic model ------------------------------------------------------------------------------------------------
+
+
+def test_generic_accuracy_is_the_mean_over_classes_and_the_size_weighted_mean_over_groups(lab, any_method):
+    problem = replace(lab.problem(tests_of_class=20), groups=ShotGroups((0, 2), (3,), (1, 4)))
+    config = lab.configure(any_method)
+    server = lab.play(config, problem)
+    figures, details = evaluate(server, problem, config)
+    for name in {key.partition(".")[0] for key in figures if key.startswith("generic")}:
+        per_class = details[f"{name}.per_class"]
+        assert figures[f"{name}.accuracy"] == pytest.approx(sum(per_class) / 5, abs=1e-6)
+        groups = problem.groups._asdict()
+        weighted = sum(len(c) * figures[f"{name}.{group}"] for group, c in groups.items())
+        assert figures[f"{name}.accuracy"] == pytest.approx(weighted / 5, abs=1e-6)
+        for group, classes in groups.items():
+            wanted = sum(per_class[c] for c in classes) / len(classes)
+            assert figures[f"{name}.{group}"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_group_without_classes_has_no_figure(lab):
+    config, problem = lab.configure("fedavg"), replace(lab.problem(), groups=ShotGroups((0, 1, 2), (), (3, 4)))
+    figures, _ = evaluate(lab.server(config, problem), problem, config)
+    assert figures["generic.medium"] is None
+    assert figures["generic.few"] is not None
+
+
+def test_generic_model_is_the_averaged_one_in_eval_mode(lab):
+    config, problem = lab.configure("fedavg"), lab.problem(tests_of_class=20)
+    server = lab.play(config, problem)
+    figures, _ = evaluate(server, problem, config)
+    other = lab.server(config, problem).network
+    other.load_state_dict(server.state)
+    images, labels = next(problem.test.evaluate(500))
+    with torch.no_grad():
+        predicted = other["classifier"](other.eval().features(images)).argmax(dim=1)
+    assert figures["generic.accuracy"] == pytest.approx(float((predicted == labels).double().mean()))
+
+
+@pytest.mark.parametrize("name", ["fedloge", "fedbn", "fedavg_ft", "ditto", "fedetf"])
+def test_figures_do_not_depend_on_the_batch_size(lab, name):
+    problem = lab.problem(tests_of_class=20)
+    server = lab.play(lab.configure(name), problem)
+    found = [evaluate(server, problem, lab.configure(name, f"evaluate.batch_size={n}")) for n in (1, 7, 500)]
+    assert found[0] == found[1] == found[2]
+
+
+def test_figures_do_not_depend_on_the_order_of_the_test_images(lab):
+    config, problem = lab.configure("fedloge"), lab.problem(tests_of_class=20)
+    server = lab.play(config, problem)
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    place = order.argsort()
+    test = Resident(problem.test.images[order], problem.test.labels[order], (0.5,), (0.25,))
+    shuffled = replace(problem, test=test, local_tests=tuple(place[local] for local in problem.local_tests))
+    assert evaluate(server, shuffled, config) == evaluate(server, problem, config)
+
+
+def test_evaluating_changes_no_bit_and_no_later_round(lab, any_method):
+    config, problem = lab.configure(any_method), lab.problem()
+    watched, plain = lab.server(config, problem), lab.server(config, problem)
+    for _ in range(2):
+        evaluate(watched, problem, config)
+        lab.play_round(watched, problem, config)
+        lab.play_round(plain, problem, config)
+    evaluate(watched, problem, config)
+    assert lab.same(watched.state, plain.state)
+    assert lab.same(watched.private, plain.private)
+
+
+# --- personal models --------------------------------------------------------------------------------------------------
+
+
+def personal(problem, predictions):
+    figures, details = {}, {}
+    add_personal(figures, details, "personal", iter(predictions), problem)
+    return figures, details
+
+
+def with_local_tests(problem, labels):
+    """Clients whose local tests have these labels; test images do not matter."""
+    flat = torch.tensor([label for own in labels for label in own])
+    test = Resident(torch.zeros(len(flat), 1, 8, 8, dtype=torch.uint8), flat, (0.5,), (0.25,))
+    local = torch.arange(len(flat)).split([len(own) for own in labels])
+    return replace(problem, test=test, local_tests=tuple(local))
+
+
+def test_personal_accuracy_is_the_unweighted_mean_over_clients(lab):
+    problem = with_local_tests(lab.problem(((1, 1),) * 2), [[0] * 10, [1] * 90])
+    figures, details = personal(problem, [torch.zeros(10), torch.zeros(90)])
+    assert figures["personal.accuracy"] == 0.5
+    assert details["personal.clients"] == [1.0, 0.0]
+
+
+def test_spread_worst_decile_and_balanced_accuracy_by_hand(lab):
+    """Accuracies 3/4, 1/2, 1; balanced (2/2 + 1/2) / 2, (1/1 + 0/1) / 2, 1."""
+    problem = with_local_tests(lab.problem(((1, 1, 1),) * 3), [[0, 0, 1, 1], [2, 1], [2, 2, 2]])
+    figures, _ = personal(problem, [torch.tensor(p) for p in ([0, 0, 1, 2], [2, 0], [2, 2, 2])])
+    assert figures["personal.accuracy"] == pytest.approx((0.75 + 0.5 + 1) / 3)
+    assert figures["personal.spread"] == pytest.approx(0.25)
+    assert figures["personal.worst_decile"] == 0.5
+    assert figures["personal.balanced"] == pytest.approx((0.75 + 0.5 + 1) / 3)
+    skewed = with_local_tests(lab.problem(((1, 1),)), [[0] * 9 + [1]])
+    figures, _ = personal(skewed, [torch.zeros(10)])
+    assert figures["personal.accuracy"] == 0.9
+    assert figures["personal.balanced"] == 0.5
+    assert figures["personal.spread"] is None
+
+
+def test_worst_decile_of_twenty_clients_is_the_mean_of_the_two_worst(lab):
+    labels = [[0] * 20] * 20
+    problem = with_local_tests(lab.problem(((1, 1),) * 20), labels)
+    predictions = [torch.tensor([0] * (k + 1) + [1] * (19 - k)) for k in range(20)]
+    assert personal(problem, predictions)[0]["personal.worst_decile"] == pytest.approx((1 / 20 + 2 / 20) / 2)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "ditto", "fedavg_ft"])
+def test_clients_without_a_local_test_are_left_out_and_counted(lab, name):
+    config, problem = lab.configure(name), lab.problem()
+    server = lab.play(config, problem)
+    _, all_details = evaluate(server, problem, config)
+    assert all_details["clients_without_test"] == 0
+    first, second, third = problem.local_tests
+    figures, details = evaluate(server, replace(problem, local_tests=(first, second[:0], third)), config)
+    assert details["clients_without_test"] == 1
+    accuracies = all_details["personal.clients"]
+    assert details["personal.clients"] == [accuracies[0], accuracies[2]]
+    assert figures["personal.accuracy"] == pytest.approx((accuracies[0] + accuracies[2]) / 2, abs=1e-6)
+
+
+def test_heads_of_all_clients_on_shared_features_predict_as_one_network_a_client(lab):
+    config, problem = lab.configure("fedper"), lab.problem(tests_of_class=20)
+    server = lab.play(config, problem)
+    features = global_features(server, problem, config)
+    together = list(head_predictions(features, server.method.personal_heads(server)[""], problem, config))
+    for client, local, predicted in zip(problem.clients, problem.local_tests, together, strict=True):
+        load_client(server, client.index)
+        images, _ = problem.test.batch(local, torch.Generator())
+        with torch.no_grad():
+            alone = server.method.personal_logits(server.network.eval(), images).argmax(dim=1)
+        assert torch.equal(predicted, alone)
+
+
+def test_a_client_that_sat_out_is_tested_with_the_new_theta_and_its_old_phi(lab):
+    config, problem = lab.configure("fedloge"), lab.problem(tests_of_class=20)
+    server = lab.play(config, problem, rounds=1)
+    old_theta, old_phi = lab.copy(server.state), server.private["personal.weight"][1].clone()
+    old_bias = server.private["personal.bias"][1].clone()
+    lab.play_round(server, problem, config, [0, 2])
+    figures, details = evaluate(server, problem, config)
+    images, labels = problem.test.batch(problem.local_tests[1], torch.Generator())
+    accuracies = []
+    for state in (server.state, old_theta):
+        server.network.load_state_dict({**state, "personal.weight": old_phi, "personal.bias": old_bias})
+        with torch.no_grad():
+            logits = functional.linear(server.network.eval().features(images), old_phi, old_bias)
+        accuracies.append(round(float((logits.argmax(dim=1) == labels).double().mean()), 6))
+    assert details["personal_phi.clients"][1] == accuracies[0]
+    assert "personal_phi.accuracy" in figures
+    psi = server.state["classifier.weight"] * old_phi.norm(dim=1, keepdim=True)
+    server.network.load_state_dict({**server.state, "personal.weight": old_phi, "personal.bias": old_bias})
+    with torch.no_grad():
+        logits = server.network.eval().features(images) @ psi.T + server.state["classifier.bias"]
+    wanted = float((logits.argmax(dim=1) == labels).double().mean())
+    assert details["personal.clients"][1] == pytest.approx(wanted, abs=1e-6)
+
+
+# --- the class mask ---------------------------------------------------------------------------------------------------
+
+
+def predicted_classes(lab, monkeypatch, server, problem, config):
+    """For each variant and client the set of predicted classes."""
+    seen = {}
+
+    def spy(figures, details, name, predictions, problem):
+        seen[name] = [set(predicted.tolist()) for predicted in predictions]
+
+    monkeypatch.setattr(evaluation, "add_personal", spy)
+    evaluate(server, problem, config)
+    return seen
+
+
+def test_mask_is_off_by_default_and_with_it_no_method_predicts_a_class_without_training_image(
+    lab, any_method, monkeypatch
+):
+    """The local tests hold all classes, also those the client has not: a mask from test labels would not bite here."""
+    problem = lab.problem(((8, 0, 3, 0, 0), (0, 0, 4, 6, 0), (0, 7, 0, 0, 9)), noise=90)
+    problem = replace(problem, local_tests=(torch.arange(30),) * 3)
+    plain, masked = lab.configure(any_method), lab.configure(any_method, "evaluate.class_mask=true")
+    assert not plain.evaluate.class_mask
+    server = lab.server(plain, problem)
+    held = [set(client.counts.nonzero()[:, 0].tolist()) for client in problem.clients]
+    free = predicted_classes(lab, monkeypatch, server, problem, plain)
+    bound = predicted_classes(lab, monkeypatch, server, problem, masked)
+    assert free.keys() == bound.keys()
+    for found in bound.values():
+        assert all(classes <= own for classes, own in zip(found, held, strict=True))
+    if server.method.fine_tuning() == []:  # an untrained model does predict other classes
+        assert any(not classes <= own for found in free.values() for classes, own in zip(found, held, strict=True))
+
+
+def test_mask_holds_for_features_of_zero_and_leaves_the_generic_model_alone(lab):
+    problem = lab.problem(((0, 9, 2), (4, 4, 4)))
+    config = lab.configure("{name: fedloge, etf_steps: 20}", "evaluate.class_mask=true", "clients.count=2")
+    features = torch.zeros(len(problem.test), 64)
+    head = torch.randn(2, 3, 64), None
+    first, _ = head_predictions(features, head, problem, config)
+    assert (first == 1).all(), "of equal logits the first that is allowed"
+    server = lab.server(config, problem)
+    unmasked = lab.configure("{name: fedloge, etf_steps: 20}", "clients.count=2")
+    generic = [
+        {k: v for k, v in evaluate(server, problem, c)[0].items() if k.startswith("generic")}
+        for c in (config, unmasked)
+    ]
+    assert generic[0] == generic[1]
+
+
+# --- geometry ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_client_sends_is_counted_and_fedloge_sends_one_head_beyond_the_backbone(lab):
+    problem = lab.problem()
+    backbone = sum(t.numel() for t in lab.server(lab.configure("fedavg"), problem).network["backbone"].parameters())
+    statistics = 2 * (16 + 32 + 64)
+    for name, beyond in (
+        ("fedavg", 65 * 5),
+        ("{name: fedloge, etf_steps: 20}", 64 * 5),
+        ("fedper", 0),
+        ("fedbabu", 0),
+        ("ditto", 65 * 5),
+    ):
+        config = lab.configure(name)
+        figures, _ = geometry(lab.server(config, problem), problem, config)
+        assert figures["sent.beyond_backbone"] == beyond
+        assert figures["sent.values"] == backbone + statistics + beyond
+        assert figures["sent.private"] == 0
+
+
+def test_lengths_of_the_heads_are_compared_with_frequency_and_presence(lab):
+    config, problem = lab.configure("{name: fedloge, etf_steps: 20}"), lab.problem()
+    server = lab.server(config, problem)
+    order = torch.tensor(problem.class_counts).argsort().argsort()
+    psi, phi = server.state["classifier.weight"], server.private["personal.weight"]
+    psi.copy_(functional.normalize(psi, dim=1) * (order + 1)[:, None])
+    phi.copy_(functional.normalize(phi, dim=2) * torch.where(problem.shape.counts > 0, 4.0, 1.0)[:, :, None])
+    figures, details = geometry(server, problem, config)
+    assert figures["psi.length_by_frequency"] == pytest.approx(1)
+    assert figures["phi.absent_over_present"] == pytest.approx(0.25)
+    assert details["psi.lengths"] == pytest.approx((order + 1).tolist(), abs=1e-4)
+    assert figures["etf.zero_share"] == pytest.approx(192 / 320)
+
+
+def test_figures_are_numbers_or_none_never_nan_where_all_classes_are_as_frequent(lab, any_method):
+    problem = lab.problem(((6, 6, 6),) * 3)
+    config = lab.configure(any_method)
+    server = lab.server(config, problem)
+    figures = evaluate(server, problem, config)[0] | geometry(server, problem, config)[0]
+    assert all(value is None or math.isfinite(value) for value in figures.values())
+
+
+# --- a run end to end, and the command that checks it -----------------------------------------------------------------
+
+RUN = """
+paper: fedloge
+data: {name: sample, imbalance_factor: 10, n_max: 120, image_size: 14, mean: [0.286], std: [0.353]}
+clients: {count: 2, alpha: 0.5}
+model: {name: mlp}
+method: {name: fedloge, norm: 1.0, etf_steps: 200}
+optimizer: {lr: 0.03, momentum: 0.5}
+rounds: 3
+local_epochs: 2
+batch_size: 16
+evaluate: {every: 1, last: 2}
+device: cpu
+precision: float32
+threads: 1
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished run on the embedded sample."""
+    base = tmp_path_factory.mktemp("run")
+    (base / "tiny.yaml").write_text(RUN)
+    assert train.main(["--config", str(base / "tiny.yaml"), "--out", str(base / "runs")]) == 0
+    (folder,) = (base / "runs" / "fedloge").iterdir()
+    return folder
+
+
+@pytest.fixture
+def copy_of_run(run, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+def events(folder, kind):
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["event"] == kind]
+
+
+def test_loss_falls_in_three_rounds_on_the_embedded_sample(run):
+    clients = events(run, "client")
+    losses = [sum(row["loss"] for row in clients if row["round"] == round) / 2 for round in range(3)]
+    assert losses[0] > losses[1] > losses[2]
+    assert losses[2] < 0.75 * losses[0]
+    final = events(run, "evaluate")[-1]["figures"]
+    assert final["generic_etf.accuracy"] > 0.3, "chance is 0.1"
+    assert final["personal.accuracy"] > 0.3
+
+
+def test_headline_is_the_mean_of_the_last_rounds_and_final_the_last(run):
+    results = json.loads((run / "results.json").read_text())
+    evaluations = events(run, "evaluate")
+    assert [e["round"] for e in evaluations] == [1, 2, 3]
+    rows = {(row["at"], row["metric"]): row["value"] for row in results["figures"]}
+    for name in ("generic.accuracy", "personal.accuracy", "generic.few"):
+        last = [e["figures"][name] for e in evaluations[-2:]]
+        assert rows["last2", name] == pytest.approx(sum(last) / 2)
+        assert rows["final", name] == last[1]
+
+
+def test_eval_recomputes_every_figure_from_the_saved_model(run, capsys):
+    assert evaluation.main([str(run)]) == 0
+    assert "figures of the last round are those of results.json" in capsys.readouterr().out
+
+
+def test_eval_reports_a_model_that_does_not_give_the_stated_figures(copy_of_run, capsys):
+    tensors, description = load_model(copy_of_run / "model")
+    tensors["global.classifier.weight"] = tensors["global.classifier.weight"].flip(0).contiguous()
+    save_model(copy_of_run / "model", tensors, description)
+    assert evaluation.main([str(copy_of_run)]) == 1
+    assert "generic.accuracy: results.json has" in capsys.readouterr().out
+
+
+def test_eval_reports_a_stated_figure_that_was_changed(copy_of_run, capsys):
+    path = copy_of_run / "results.json"
+    results = json.loads(path.read_text())
+    for row in results["figures"]:
+        if (row["at"], row["metric"]) == ("final", "personal.accuracy"):
+            row["value"] += 1e-4
+    path.write_text(json.dumps(results))
+    assert evaluation.main([str(copy_of_run)]) == 1
+    assert "personal.accuracy: results.json has" in capsys.readouterr().out
+
+
+def damage(folder, kind):
+    weights, results = folder / "model" / "model.safetensors", folder / "results.json"
+    if kind == "a changed bit":
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    elif kind == "another network":
+        tensors, description = load_model(folder / "model")
+        del tensors["client.personal.weight"]
+        save_model(folder / "model", tensors, description)
+    elif kind == "other data":
+        content = json.loads(results.read_text())
+        content["data"]["digests"]["partition"] = "0"
+        results.write_text(json.dumps(content))
+    elif kind == "another paper":
+        results.write_text(json.dumps({**json.loads(results.read_text()), "paper": "mdcs"}))
+    elif kind == "unfinished":
+        results.unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("a changed bit", "is damaged"),
+        ("another network", "holds another network"),
+        ("other data", "not what the run was trained on"),
+        ("another paper", "'mdcs'"),
+        ("unfinished", "not a finished run"),
+    ],
+)
+def test_eval_refuses_what_it_cannot_check_in_one_line(copy_of_run, capsys, kind, words):
+    damage(copy_of_run, kind)
+    assert evaluation.main([str(copy_of_run)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("stated", "found", "lines"),
+    [
+        ({"a": 0.5}, {"a": 0.5 + 1e-7}, 0),
+        ({"a": 0.5}, {"a": 0.5 + 1e-5}, 1),
+        ({"a": None}, {"a": None}, 0),
+        ({"a": None}, {"a": 0.0}, 1),
+        ({"a": 0.0}, {"a": None}, 1),
+        ({"a": 0.5}, {}, 1),
+        ({"a": 0.5}, {"a": math.nan}, 1),
+        ({"a": 0.5, "b": 0.25}, {"a": 0.25, "b": 0.5}, 2),
+    ],
+)
+def test_compare_names_each_figure_that_differs(stated, found, lines):
+    assert len(compare(stated, found)) == lines
+
+
+@pytest.mark.parametrize("name", ["fedbn", "ditto", "fedetf", "creff"])
+def test_a_run_of_a_method_with_state_of_its_own_is_checked_too(lab, tmp_path, name):
+    (tmp_path / "tiny.yaml").write_text(RUN.replace("name: mlp", "name: convnet").replace("rounds: 3", "rounds: 1"))
+    arguments = ["--config", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "runs")]
+    assert train.main([*arguments, f"method={lab.settings[name]}", "data.n_max=40"]) == 0
+    (folder,) = (tmp_path / "runs" / "fedloge").iterdir()
+    assert evaluation.main([str(folder)]) == 0
