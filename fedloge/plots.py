@@ -43,19 +43,20 @@ def draw(folders: Sequence[Path], out: Path) -> None:
 
 def learning_curves(runs: Runs, out: Path) -> None:
     """Generic and personal accuracy by round: mean over seeds, shaded by one deviation."""
-    figure, axes = new_figure(1, 2, (10, 4))
+    figure, axes = new_figure(1, 2, (11, 4))
     for axis, kind in zip(axes, ("generic", "personal"), strict=True):
         for number, (method, folders) in enumerate(runs.items()):
             curves = [curve(folder, f"{kind}.accuracy") for folder in folders]
             rounds = sorted(set.intersection(*(set(c) for c in curves)))
             values = 100 * np.array([[c[r] for r in rounds] for c in curves])
             style: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
-            axis.plot(rounds, values.mean(0), label=method, linewidth=2.4 if method == OURS else 1.1, **style)
+            axis.plot(rounds, values.mean(0), label=method, linewidth=2.6 if method == OURS else 1.1,
+                      zorder=3 if method == OURS else 2, **style)  # fmt: skip
             if len(folders) > 1:
                 low, high = values.mean(0) - values.std(0, ddof=1), values.mean(0) + values.std(0, ddof=1)
                 axis.fill_between(rounds, low, high, color=style["color"], alpha=0.1, linewidth=0)
         axis.set(xlabel="round", ylabel="accuracy (%)", title=f"{kind} model{'s' if kind == 'personal' else ''}")
-    axes[1].legend(fontsize=7, ncols=2)
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     save(figure, out / "learning_curves")
 
 
@@ -74,7 +75,10 @@ def client_accuracies(runs: Runs, out: Path) -> None:
     order = sorted(values, key=lambda method: -float(np.median(values[method])))
     axis.boxplot([values[method] for method in order], showmeans=True, medianprops={"color": "black"})
     axis.set_xticks(range(1, len(order) + 1), order, rotation=35, ha="right")
-    axis.set(ylabel="accuracy on the client's own test set (%)", title="personal models, one point a client")
+    axis.set(
+        ylabel="accuracy on the client's own test set (%)",
+        title="personal models: median, quartiles and mean (triangle) over clients",
+    )
     save(figure, out / "client_accuracies")
 
 
@@ -103,7 +107,7 @@ def frame_cosines(folder: Path, out: Path) -> None:
     for axis, values, title in zip(axes, (before, after), ("zeros set", "repaired"), strict=True):
         off = values[~np.eye(len(values), dtype=bool)]
         image = axis.imshow(values, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
-        axis.set(title=f"{title}: cosines {off.min():.3f} to {off.max():.3f} (ideal {ideal:.3f})", xlabel="class",
+        axis.set(title=f"{title}\n{off.min():.3f} to {off.max():.3f}, ideal {ideal:.3f}", xlabel="class",
                  ylabel="class")  # fmt: skip
         axis.grid(visible=False)
     figure.colorbar(image, ax=axes, label="cosine", shrink=0.8)

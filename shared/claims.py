@@ -112,7 +112,9 @@ def _judge_fact(claim: Fact, figures: Figures) -> Judgement:
 
 def number(value: float) -> str:
     """A figure as a person writes it: `12,406`, `0.6`, `8.4e-05`."""
-    return f"{int(value):,}" if value == int(value) else f"{value:.2g}" if abs(value) < 0.01 else f"{value:.4g}"
+    if math.isfinite(value) and value == int(value):
+        return f"{int(value):,}"
+    return f"{value:.2g}" if abs(value) < 0.01 else f"{value:.4g}"
 
 
 def show_difference(difference: PairedDifference, percent: bool = True) -> str:

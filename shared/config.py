@@ -195,8 +195,9 @@ def _override(data: dict[str, Any], where: dict[Location, str], override: str) -
         raise ConfigError(f"{place}: holds more than one value")
     target = data
     for depth, part in enumerate(parts[:-1]):
-        if not isinstance(target.get(str(part)), dict):
-            target[str(part)] = {}
+        section = target.get(str(part))
+        if not isinstance(section, dict):  # `optimizer: sgd` is short for `optimizer: {name: sgd}`
+            target[str(part)] = {"name": section} if isinstance(section, str) else {}
             where[parts[: depth + 1]] = place
         target = target[str(part)]
     target[str(parts[-1])] = holder["value"]
@@ -250,7 +251,7 @@ def _explain(model: type[Section], data: Any, item: dict[str, Any], where: dict[
     description = _description(model, item["loc"])
     if kind in bounds:
         name, words = bounds[kind]
-        return f"{place}: {found} {words} {context[name]}{description}"
+        return f"{place}: {found} {words} {context[name]:g}{description}"
     if kind in ("value_error", "assertion_error"):
         return f"{place}: {context.get('error', item['msg'])}"
     wanted = item["msg"][0].lower() + item["msg"][1:]

@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import platform
+import re
 import resource
 import sys
 from typing import Any, Literal
@@ -39,15 +40,12 @@ def setup(device: str = "auto", threads: int = 0) -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen: torch.device | None
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda"):
+    named = re.fullmatch(r"cpu|cuda(?::([0-9]+))?", device)  # torch wraps large numbers: its cuda:256 is cuda:0
+    if named is None:
         raise ConfigError(f"device: {device!r} is not a device; use auto, cpu, cuda or cuda:1")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+    if device != "cpu" and int(named[1] or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device: {device!r} is not here ({torch.cuda.device_count()} GPUs found); use device=cpu")
+    chosen = torch.device(device)
     torch.set_num_threads(threads or os.cpu_count() or 1)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False

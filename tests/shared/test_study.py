@@ -1,0 +1,201 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared import study
+from shared.checkpoint import load_state
+from shared.errors import ConfigError
+from shared.run import folder_name, read_results
+from shared.study import Job, Outcome, choose_scale, forecast, log_of, progress_of, run_jobs
+
+
+def job(name: str, group: str = "a", folder: Path = Path("/nowhere"), arguments: tuple[str, ...] = ()) -> Job:
+    return Job(group, 0, folder / name, arguments)
+
+
+def running(item: Job, seconds: float) -> study._Running:
+    return study._Running(None, item, time.monotonic() - seconds)  # type: ignore[arg-type]
+
+
+def tiny_jobs(out: Path, tiny_arguments, methods: tuple[str, ...]) -> list[Job]:
+    jobs = []
+    for seed, method in enumerate(methods):
+        arguments = tiny_arguments(out, method, f"seed={seed}")
+        name = folder_name("smoke", method, seed, arguments[4:])
+        jobs.append(Job(method, seed, out / "fedloge" / name, tuple(arguments)))
+    return jobs
+
+
+@pytest.fixture
+def broken_module(tmp_path, monkeypatch) -> str:
+    """A module whose jobs end in every way."""
+    (tmp_path / "broken_job.py").write_text(
+        "import os, signal, sys\n"
+        "def main(arguments):\n"
+        "    how = arguments[0]\n"
+        "    if how == 'raises': raise ZeroDivisionError('by nothing')\n"
+        "    if how == 'says': print('first'); print('error: the disk is full', file=sys.stderr); return 2\n"
+        "    if how == 'killed': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if how == 'junk': os.write(1, b'\\xff\\xfe bad bytes\\n'); return 3\n"
+        "    return 0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "broken_job"
+
+
+def test_the_bits_of_a_run_do_not_depend_on_how_many_run_beside_it(tmp_path, tiny_arguments, python):
+    methods = ("fedloge", "fedavg", "ditto")
+    digests = {}
+    for workers in (1, 2):
+        jobs = tiny_jobs(tmp_path / str(workers), tiny_arguments, methods)
+        outcomes = run_jobs("fedloge.train", jobs, workers)
+        assert [outcomes[item.name].code for item in jobs] == [0, 0, 0], [o.message for o in outcomes.values()]
+        assert "results and model in" in log_of(jobs[0]).read_text()
+        digests[workers] = [read_results(item.folder)["model_digest"] for item in jobs]
+    alone = tiny_jobs(tmp_path / "alone", tiny_arguments, methods[:1])[0]
+    done = python("-m", "fedloge.train", *alone.arguments)
+    assert done.returncode == 0, done.stderr
+    assert digests[1] == digests[2]
+    assert read_results(alone.folder)["model_digest"] == digests[1][0]
+    assert len(set(digests[1])) == 3
+
+
+def test_a_failing_job_is_reported_with_its_last_line_and_the_others_finish(tmp_path, broken_module, capsys):
+    jobs = [job(how, folder=tmp_path, arguments=(how,)) for how in ("says", "raises", "killed", "junk", "ends")]
+    outcomes = run_jobs(broken_module, jobs, 2)
+    assert {name: outcome.code for name, outcome in outcomes.items()} == {
+        "says": 2, "raises": 1, "killed": -9, "junk": 3, "ends": 0,
+    }  # fmt: skip
+    assert outcomes["says"].message.startswith("error: the disk is full (")
+    assert outcomes["raises"].message.startswith("ZeroDivisionError: by nothing")
+    assert outcomes["killed"].message.startswith("ended by signal 9")
+    assert "bad bytes" in outcomes["junk"].message
+    assert outcomes["ends"].message == ""
+    assert "failed: says: error: the disk is full" in capsys.readouterr().err
+
+
+def test_the_environment_and_the_signals_are_as_before_after_a_study(tmp_path, broken_module, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    run_jobs(broken_module, [job("ends", folder=tmp_path, arguments=("ends",))], 1)
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert "MKL_NUM_THREADS" not in os.environ
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_study_without_jobs_ends_at_once():
+    assert run_jobs("fedloge.train", []) == {}
+
+
+STUDY = """
+import json, sys
+from pathlib import Path
+from shared.study import Job, run_jobs
+jobs = [Job("a", 0, Path(folder), tuple(arguments)) for folder, arguments in json.loads(sys.argv[1])]
+try:
+    run_jobs("fedloge.train", jobs, 2)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(("number", "to_group", "code"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)])
+def test_stopping_a_study_stops_its_jobs_and_saves_their_states(
+    tmp_path, tiny_arguments, clean_environment, repository, number, to_group, code
+):
+    jobs = []
+    for seed in (0, 1):
+        arguments = tiny_arguments(tmp_path, "fedavg", f"seed={seed}", "rounds=100000")
+        folder = tmp_path / "fedloge" / folder_name("smoke", "fedavg", seed, arguments[4:])
+        jobs.append((str(folder), arguments))
+    command = [sys.executable, "-c", STUDY, json.dumps(jobs)]
+    with subprocess.Popen(command, cwd=repository, env=clean_environment, start_new_session=True) as process:
+        deadline = time.monotonic() + 60
+        while not all((Path(f) / "progress.json").exists() for f, _ in jobs) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if to_group:  # as a terminal does with Ctrl-C
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        assert process.wait(60) == code
+    for folder, _ in jobs:
+        state = load_state(Path(folder) / "checkpoint" / "state.ckpt")["state"]
+        assert state["round"] < 100000
+        assert "the state is saved" in log_of(Job("a", 0, Path(folder), ())).read_text()
+        assert "Traceback" not in log_of(Job("a", 0, Path(folder), ())).read_text()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"1", b"null", b"\xff\xfe", b"{}", b'{"done": 1}', b'{"done": 1, "total": 0}',
+     b'{"done": "x", "total": 2}', b'{"done": NaN, "total": 2}', b'{"done": 1, "total": NaN}',
+     b'{"done": Infinity, "total": Infinity}', b'{"done": null, "total": 1}', b'{"done": [], "total": 1}',
+     b'{"done": 1' + b"0" * 400 + b', "total": 1}', b"[" * 100000],
+    ids=range(17),
+)  # fmt: skip
+def test_a_progress_that_is_junk_is_no_progress(tmp_path, content):
+    (tmp_path / "progress.json").write_bytes(content)
+    assert progress_of(tmp_path) == 0.0
+
+
+def test_a_progress_is_a_share_between_nothing_and_all(tmp_path):
+    assert progress_of(tmp_path / "none") == 0.0
+    for done, share in ((0, 0.0), (1, 0.25), (4, 1.0), (9, 1.0), (-3, 0.0)):
+        (tmp_path / "progress.json").write_text(json.dumps({"done": done, "total": 4}))
+        assert progress_of(tmp_path) == share
+
+
+def test_a_forecast_is_unknown_before_anything_is_known():
+    jobs = [job("1"), job("2")]
+    assert forecast(jobs, {}, [], jobs, 2) is None
+    assert forecast(jobs, {}, [running(jobs[0], 5)], jobs[1:], 2) is None
+
+
+def test_a_forecast_takes_the_mean_of_a_group_and_shares_it_among_the_workers():
+    jobs = [job("1"), job("2"), job("3"), job("4", "slow"), job("5", "slow")]
+    done = {"1": Outcome(0, 10.0), "4": Outcome(0, 100.0)}
+    waiting = [jobs[1], jobs[2], jobs[4]]
+    assert forecast(jobs, done, [], waiting, 1) == pytest.approx(10 + 10 + 100)
+    assert forecast(jobs, done, [], waiting, 2) == pytest.approx(100)  # never less than the longest job
+    assert forecast(jobs, done, [], [], 2) == 0
+
+
+def test_a_forecast_of_an_unknown_group_is_the_mean_of_what_is_known():
+    jobs = [job("1", "a"), job("2", "b"), job("3", "c")]
+    done = {"1": Outcome(0, 10.0), "2": Outcome(0, 30.0)}
+    assert forecast(jobs, done, [], jobs[2:], 1) == pytest.approx(20)
+
+
+def test_a_forecast_does_not_learn_from_a_job_that_failed():
+    jobs = [job("1"), job("2")]
+    assert forecast(jobs, {"1": Outcome(2, 0.1)}, [], jobs[1:], 1) is None
+
+
+def test_a_forecast_uses_the_progress_of_what_is_running(tmp_path):
+    item = job("1", folder=tmp_path)
+    item.folder.mkdir()
+    (item.folder / "progress.json").write_text('{"done": 1, "total": 4}')
+    other = job("2", folder=tmp_path)
+    assert forecast([item, other], {}, [running(item, 10)], [], 1) == pytest.approx(30, abs=1)
+    assert forecast([item, other], {}, [running(item, 10)], [other], 1) == pytest.approx(70, abs=2)
+
+
+def test_a_scale_is_what_was_asked_and_auto_follows_the_device(monkeypatch):
+    assert [choose_scale(name)[0] for name in ("smoke", "mini", "paper")] == ["smoke", "mini", "paper"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_scale("auto")[0] == "mini"
+    assert "no GPU" in choose_scale("auto")[1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    assert choose_scale("auto")[0] == "paper"
+    assert "a card" in choose_scale("auto")[1]
+    with pytest.raises(ConfigError, match="choose from auto, smoke, mini, paper"):
+        choose_scale("huge")

@@ -1,0 +1,66 @@
+"""Every configuration of the repository loads, dry-runs, and says how it is run."""
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shared.cli import find_config, train_parser
+from shared.config import load
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FILES = sorted(path for path in REPOSITORY.glob("*/configs/*.yaml"))
+each_file = pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(REPOSITORY)) for path in FILES])
+
+
+def package_of(path: Path) -> str:
+    return path.parents[1].name
+
+
+def offline(path: Path) -> list[str]:
+    """Overrides that keep a dry run from downloading."""
+    data = yaml.safe_load(path.read_text(encoding="utf-8")).get("data")
+    return ["data.download=false"] if isinstance(data, dict) and "download" in data else []
+
+
+@each_file
+def test_a_configuration_loads_and_is_of_its_package(path):
+    config = load(path, import_module(f"{package_of(path)}.config").Config)
+    assert config.paper == package_of(path)
+
+
+@each_file
+def test_a_configuration_dry_runs_or_says_in_one_line_which_data_is_missing(path, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "nothing here"))
+    monkeypatch.chdir(tmp_path)
+    main = import_module(f"{package_of(path)}.train").main
+    code = main(["--config", str(path), "--dry-run", *offline(path)])
+    printed = capsys.readouterr()
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+    if data["name"] == "sample":
+        assert code == 0, printed.err
+        assert "# parameters" in printed.out
+    else:
+        assert code == 2
+        assert printed.err.startswith("error: ")
+        assert printed.err.count("\n") == 1
+        assert str(tmp_path / "nothing here") in printed.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@each_file
+def test_the_header_says_what_it_is_and_its_command_runs_that_very_file(path):
+    text = path.read_text(encoding="utf-8")
+    header = text.partition("\n\n")[0].splitlines()
+    assert all(line.startswith("#") for line in header)
+    assert len(header[0]) > 10
+    package = package_of(path)
+    (command,) = re.findall(r"^# run +(python .*)$", text, re.MULTILINE)
+    start, module, *arguments = shlex.split(command.partition("python ")[2])
+    assert (start, module) == ("-m", f"{package}.train")
+    asked = train_parser(package, "-").parse_intermixed_args(arguments)
+    assert find_config(asked.config, package).samefile(path)
+    load(path, import_module(f"{package}.config").Config, asked.overrides)

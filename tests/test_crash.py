@@ -1,0 +1,149 @@
+"""SIGKILL at any moment leaves a run that goes on to the same bits, and never a state that does not load."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from shared.checkpoint import load_state, previous_of
+from shared.run import read_results
+
+# A process with the libraries loaded; for each line [arguments, die_at, kill_after] it trains in a forked child.
+# `die_at` is the number of the system call (of those that change files) before which the child kills itself.
+SERVER = """
+import contextlib, io, json, os, signal, sys, time
+import torch
+import fedloge.algorithm, fedloge.eval, fedloge.federated, fedloge.problem, shared.run
+from fedloge.train import main
+
+with contextlib.redirect_stdout(io.StringIO()):
+    main(json.loads(sys.argv[1]))  # the first training of a process is slow; its children inherit that it is over
+shared.run.SAVE_EVERY_SECONDS = 0
+
+def kill_at(number):
+    calls = iter(range(1, 10**9))
+    for name in ("open", "fsync", "chmod", "replace", "link", "unlink", "mkdir", "truncate"):
+        def counted(*arguments, real=getattr(os, name), **named):
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **named)
+        setattr(os, name, counted)
+
+for line in sys.stdin:
+    arguments, die_at, kill_after = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 1), os.dup2(null, 2)
+        kill_at(die_at)
+        os._exit(main(arguments))
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)  # it has not been waited for, so its number is still its own
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Trainer:
+    """Starts trainings in forked children and kills them."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def run(self, arguments: list[str], die_at: int = 0, kill_after: float | None = None) -> int:
+        """Train; returns the exit code (-9 if killed). `kill_after` seconds, or before the `die_at`-th call."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps([arguments, die_at, kill_after]), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def trainer(repository, clean_environment, tiny_arguments, tmp_path_factory) -> Iterator[Trainer]:
+    warm_up = tiny_arguments(tmp_path_factory.mktemp("warm"), "fedloge")
+    command = [sys.executable, "-c", SERVER, json.dumps(warm_up)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=repository, env=clean_environment, text=True, **pipes) as process:
+        yield Trainer(process)
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_arguments) -> Callable[[Path], list[str]]:
+    return lambda out: tiny_arguments(out, "fedloge", "rounds=4")
+
+
+@pytest.fixture(scope="module")
+def expected(trainer, arguments, tmp_path_factory) -> tuple[str, float]:
+    """The digest of a run that nobody kills, and the seconds that it takes."""
+    out = tmp_path_factory.mktemp("whole")
+    assert trainer.run(arguments(out / "first")) == 0  # it also waits for the libraries
+    started = time.monotonic()
+    assert trainer.run(arguments(out / "second")) == 0
+    return read_results(folder_of(out / "second"))["model_digest"], time.monotonic() - started
+
+
+def folder_of(out: Path) -> Path:
+    (folder,) = (out / "fedloge").iterdir()
+    return folder
+
+
+def assert_states_load(out: Path) -> bool:
+    """Whether there is a state; what there is must load."""
+    found = list(out.glob("fedloge/*/checkpoint/state.ckpt"))
+    for path in found:
+        assert load_state(path)["state"]["round"] <= 4
+        if previous_of(path).exists():
+            load_state(previous_of(path))
+    assert found or not list(out.glob("fedloge/*/checkpoint/previous*"))
+    return bool(found)
+
+
+def assert_nothing_left_over(out: Path) -> None:
+    assert [path.name for path in out.rglob("*.tmp")] == []
+
+
+def test_thirty_kills_at_random_moments_leave_states_that_load_and_runs_that_end_with_the_same_bits(
+    tmp_path, trainer, arguments, expected
+):
+    digest, seconds = expected
+    draws, kills, with_state, number = random.Random(0), 0, 0, 0
+    while kills < 30:
+        out = tmp_path / str(number)
+        number += 1
+        for _ in range(draws.randint(1, 4)):  # the same run may be killed several times
+            code = trainer.run(arguments(out), kill_after=draws.uniform(0, seconds))
+            assert code in (0, -signal.SIGKILL)
+            kills += code != 0
+            with_state += assert_states_load(out)
+        assert trainer.run(arguments(out)) == 0
+        assert read_results(folder_of(out))["model_digest"] == digest
+        assert_nothing_left_over(out)
+    assert with_state > 5, "the kills must come when there is something to lose"
+
+
+def test_a_kill_before_a_call_that_changes_a_file_leaves_a_run_that_ends_with_the_same_bits(
+    tmp_path, trainer, tiny_arguments
+):
+    def arguments(name: str) -> list[str]:
+        return tiny_arguments(tmp_path / name, "fedavg", "rounds=2")
+
+    assert trainer.run(arguments("whole")) == 0
+    digest = read_results(folder_of(tmp_path / "whole"))["model_digest"]
+    moments = [
+        *range(1, 15),
+        *range(15, 81, 8),
+    ]  # each at the start, where a folder comes to be; then some of each kind
+    for moment in moments:
+        out = tmp_path / str(moment)
+        assert trainer.run(arguments(out.name), die_at=moment) == -signal.SIGKILL, f"no call {moment}"
+        assert_states_load(out)
+        assert trainer.run(arguments(out.name)) == 0, f"killed before call {moment}"
+        assert read_results(folder_of(out))["model_digest"] == digest
+        assert_nothing_left_over(out)
