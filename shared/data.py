@@ -1,15 +1,15 @@
-"""Image sets: readers of the official formats, image folders, list files, downloads and the embedded sample.
+"""Image sets: official formats (no pickle), image folders, list files, downloads and the embedded sample.
 
-`load` reads a known data set into one uint8 tensor; `load_folder` and `load_list` leave the images on disk. Nothing
-here reads pickle: CIFAR comes from its binary release. Every problem of the data is a DataError that names the path.
+Every problem of the data is a DataError that names the path.
 """
 
-import gzip
 import hashlib
 import http.client
 import io
 import logging
+import math
 import os
+import struct
 import tarfile
 import tempfile
 import urllib.request
@@ -25,8 +25,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.checkpoint import atomic_write
 from shared.errors import DataError
-from shared.longtail import read_list
+from shared.longtail import read_file, read_list
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -74,30 +75,24 @@ class FileSet:
 
 AnySet = TypeVar("AnySet", ImageSet, FileSet)
 
-
-def _idx_downloads(url: str, *digests: str) -> dict[str, str]:
-    return {f"{url}{name}.gz": d for name, d in zip([*_IDX["train"], *_IDX["test"]], digests, strict=True)}
-
-
-_IDX = {s: (f"{p}-images-idx3-ubyte", f"{p}-labels-idx1-ubyte") for s, p in (("train", "train"), ("test", "t10k"))}
 _CIFAR = "https://www.cs.toronto.edu/~kriz/cifar"
+_MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"  # torchvision's mirror
+_FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 DOWNLOADS: dict[str, dict[str, str]] = {  # official address of each file or archive -> its sha256
     "cifar10": {f"{_CIFAR}-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
     "cifar100": {f"{_CIFAR}-100-binary.tar.gz": "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"},
-    "mnist": _idx_downloads(
-        "https://ossci-datasets.s3.amazonaws.com/mnist/",  # torchvision's mirror
-        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-    ),
-    "fashion_mnist": _idx_downloads(
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-        "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-        "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-        "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-    ),
+    "mnist": {
+        f"{_MNIST}train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        f"{_MNIST}train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        f"{_MNIST}t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        f"{_MNIST}t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+    },
+    "fashion_mnist": {
+        f"{_FASHION}train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+        f"{_FASHION}train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+        f"{_FASHION}t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+        f"{_FASHION}t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+    },
 }
 
 
@@ -123,7 +118,16 @@ def load(name: str, split: Split, root: Path | str | None = None, download: bool
             f"{name} ({split}): there is no {', '.join(map(str, missing))}; set DATA_ROOT to the folder that holds "
             f"{source.folders[0]}, let it be downloaded (download: true), or use the embedded images (name: sample)"
         )
-    return _image_set(source.read(paths), source.classes or _cifar100_classes(paths[0].parent), name, split)
+    classes, names = source.classes, paths[0].with_name("fine_label_names.txt")
+    if names.is_file():  # CIFAR-100 brings the names of its classes
+        classes = tuple(read_file(names, "list of names").decode("utf-8", "replace").split())
+        if len(classes) != len(source.classes):
+            raise DataError(f"{names}: {len(classes)} class names, expected {len(source.classes)}")
+    images, labels = source.read(paths)
+    if len(strangers := np.flatnonzero(labels >= len(classes))):
+        found = f"record {strangers[0]} has label {labels[strangers[0]]}, outside 0..{len(classes) - 1}"
+        raise DataError(f"{', '.join(map(str, paths))}: {found}")
+    return _image_set((images, labels), classes, name, split)
 
 
 def data_root(root: Path | str | None = None) -> Path:
@@ -194,7 +198,7 @@ def open_rgb(path: Path) -> "Image.Image":
 
 
 def _image_set(arrays: Arrays, classes: tuple[str, ...], name: str, split: str) -> ImageSet:
-    images, labels = np.ascontiguousarray(arrays[0]), arrays[1].astype(np.int64)
+    images, labels = np.array(arrays[0], order="C"), arrays[1].astype(np.int64)  # copies: torch wants to write
     digest = hashlib.sha256(repr(images.shape).encode() + labels.tobytes())
     digest.update(images.data)
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), classes, name, split, digest.hexdigest())
@@ -206,91 +210,59 @@ def _file_set(root: Path, paths: list[str], labels: list[int], names: Sequence[s
 
 
 def _read_sample(split: str) -> Arrays:
-    raw = _read(SAMPLE)
+    raw = read_file(SAMPLE, "sample")
     if (found := hashlib.sha256(raw).hexdigest()) != SAMPLE_SHA256:
         raise DataError(f"{SAMPLE}: damaged: sha256 {found}, expected {SAMPLE_SHA256}; install the package again")
     with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
         return arrays[f"{split}_images"][:, None], arrays[f"{split}_labels"]
 
 
-def _read_cifar(label_bytes: int, num_classes: int, paths: Sequence[Path]) -> Arrays:
+def _read_cifar(label_bytes: int, paths: Sequence[Path]) -> Arrays:
     """Binary CIFAR: records of `label_bytes` labels, the last one the class, then 3 x 32 x 32 pixels."""
-    size = label_bytes + 3 * 32 * 32
-    parts = []
-    for path in paths:
-        raw = _read(path)
+    size, contents = label_bytes + 3 * 32 * 32, [read_file(path, "CIFAR file") for path in paths]
+    for path, raw in zip(paths, contents, strict=True):
         if not raw or len(raw) % size:
             raise DataError(f"{path}: {len(raw)} bytes are not a whole number of {size}-byte records; copy it again")
-        records = np.frombuffer(raw, np.uint8).reshape(-1, size)
-        _check_labels(path, records[:, label_bytes - 1], num_classes)
-        parts.append(records)
-    records = np.concatenate(parts)
+    records = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, size)
     return records[:, label_bytes:].reshape(-1, 3, 32, 32), records[:, label_bytes - 1]
 
 
-def _read_mnist(paths: Sequence[Path]) -> Arrays:
-    """An IDX file of 28 x 28 images and one of labels."""
-    images, labels = _read_idx(paths[0], dims=3), _read_idx(paths[1], dims=1)
+def read_mnist(paths: Sequence[Path]) -> Arrays:
+    """Images [N, 1, 28, 28] and labels [N] from IDX files: magic, the dimensions as big-endian uint32, bytes."""
+    arrays = []
+    for path, dims in zip(paths, (3, 1), strict=True):
+        raw, header = read_file(path, "IDX file"), 4 + 4 * dims
+        if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) < header:
+            raise DataError(f"{path}: starts with {raw[:4].hex()}, expected 000008{dims:02x}: another kind of file")
+        shape = struct.unpack_from(f">{dims}I", raw, 4)
+        size, expected = len(raw) - header, math.prod(shape)
+        if size != expected or not size:
+            raise DataError(f"{path}: {size} bytes of data, but the header tells of {expected}; copy it again")
+        arrays.append(np.frombuffer(raw, np.uint8, offset=header).reshape(shape))
+    images, labels = arrays
     if images.shape[1:] != (28, 28):
         raise DataError(f"{paths[0]}: images of {images.shape[1]} x {images.shape[2]} pixels, expected 28 x 28")
     if len(images) != len(labels):
         raise DataError(f"{paths[0]}: {len(images)} images, but {len(labels)} labels in {paths[1]}")
-    _check_labels(paths[1], labels, 10)
     return images[:, None], labels
-
-
-def _read_idx(path: Path, dims: int) -> NDArray[np.uint8]:
-    """IDX of unsigned bytes: magic 0, 0, 8, dims; each dimension as a big-endian uint32; the data."""
-    raw, header = _read(path), 4 + 4 * dims
-    if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) < header:
-        raise DataError(f"{path}: starts with {raw[:4].hex()}, expected 000008{dims:02x}: not this kind of IDX file")
-    shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, header, 4)]
-    expected = int(np.prod(shape, dtype=object))
-    if len(raw) - header != expected or not expected:
-        raise DataError(f"{path}: {len(raw) - header} bytes of data, but the header tells of {expected}; copy it again")
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy()  # a copy: torch wants writable memory
-
-
-def _read(path: Path) -> bytes:
-    try:
-        raw = path.read_bytes()
-        return gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); copy it again") from error
-
-
-def _check_labels(path: Path, labels: NDArray[np.uint8], num_classes: int) -> None:
-    record = int(np.argmax(labels >= num_classes))
-    if labels[record] >= num_classes:
-        raise DataError(f"{path}: record {record} has label {labels[record]}, outside 0..{num_classes - 1}")
-
-
-def _cifar100_classes(folder: Path) -> tuple[str, ...]:
-    """The official names, which lie beside the records; numbers where that file is not there."""
-    path = folder / "fine_label_names.txt"
-    names = tuple(_read(path).decode("utf-8", "replace").split()) if path.is_file() else tuple(map(str, range(100)))
-    if len(names) != 100:
-        raise DataError(f"{path}: {len(names)} class names, expected 100")
-    return names
 
 
 class _Source(NamedTuple):
     folders: tuple[str, ...]  # under the root (or absolute); a download goes into the first
     files: Mapping[str, tuple[str, ...]]  # of each split
     read: Callable[[Sequence[Path]], Arrays]
-    classes: tuple[str, ...] | None  # None: named in a file beside the records
+    classes: tuple[str, ...]
 
 
+_IDX = {s: (f"{p}-images-idx3-ubyte", f"{p}-labels-idx1-ubyte") for s, p in (("train", "train"), ("test", "t10k"))}
 _CIFAR10_FILES = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)}
 _CIFAR100_FILES = {"train": ("train.bin",), "test": ("test.bin",)}
+_DEBIAN = "/usr/share/datasets/fashion-mnist"  # where the package dataset-fashion-mnist puts it
 _SOURCES = {
-    "cifar10": _Source(("cifar-10-batches-bin",), _CIFAR10_FILES, partial(_read_cifar, 1, 10), _CIFAR10),
-    "cifar100": _Source(("cifar-100-binary",), _CIFAR100_FILES, partial(_read_cifar, 2, 100), None),
-    "mnist": _Source(("MNIST/raw", "mnist"), _IDX, _read_mnist, tuple("0123456789")),
-    # The absolute folder is where Debian's package dataset-fashion-mnist puts it.
-    "fashion_mnist": _Source(
-        ("FashionMNIST/raw", "fashion-mnist", "/usr/share/datasets/fashion-mnist"), _IDX, _read_mnist, _CLOTHES
-    ),
+    "cifar10": _Source(("cifar-10-batches-bin",), _CIFAR10_FILES, partial(_read_cifar, 1), _CIFAR10),
+    "cifar100": _Source(("cifar-100-binary",), _CIFAR100_FILES, partial(_read_cifar, 2), tuple(map(str, range(100)))),
+    "mnist": _Source(("MNIST/raw", "mnist"), _IDX, read_mnist, tuple("0123456789")),
+    "fashion_mnist": _Source(("FashionMNIST/raw", "fashion-mnist", _DEBIAN), _IDX, read_mnist, _CLOTHES),
 }
 
 
@@ -299,10 +271,10 @@ def _find(source: _Source, split: str, base: Path) -> tuple[list[Path], list[Pat
     missing: list[Path] = []
     for folder in source.folders:
         wanted = [base / folder / file for file in source.files[split]]
-        found = [next((p for p in (w, w.with_name(w.name + ".gz")) if p.is_file()), None) for w in wanted]
-        if paths := [p for p in found if p is not None] if None not in found else []:
-            return paths, []
-        missing += [w for w, p in zip(wanted, found, strict=True) if p is None]
+        found = {w: p for w in wanted for p in (w.with_name(w.name + ".gz"), w) if p.is_file()}
+        if len(found) == len(wanted):
+            return list(found.values()), []
+        missing += [w for w in wanted if w not in found]
     return [], missing
 
 
@@ -310,31 +282,29 @@ def _download(items: Mapping[str, str], base: Path, target: Path) -> None:
     """Fetch, check and unpack into a temporary folder, then move each file to `target`: it is whole or not there."""
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for url, sha256 in items.items():
-            with tempfile.TemporaryDirectory(dir=base, prefix=".download-") as temporary:
-                files = [_fetch(url, sha256, Path(temporary) / url.rpartition("/")[2])]
+        with tempfile.TemporaryDirectory(dir=base, prefix=".download-") as temporary:
+            folder = Path(temporary) / target.name
+            folder.mkdir()
+            for url, sha256 in items.items():
+                content = _fetch(url, sha256)
                 if url.endswith(".tar.gz"):
-                    with tarfile.open(files[0]) as archive:
+                    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
                         archive.extractall(temporary, filter="data")
-                    files = [p for p in (Path(temporary) / target.name).iterdir() if p.is_file()]
-                for path in files:
-                    path.replace(target / path.name)
+                else:
+                    (folder / url.rpartition("/")[2]).write_bytes(content)
+            for path in folder.iterdir():
+                atomic_write(target / path.name, path.read_bytes())
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise DataError(f"{target}: cannot be filled ({error}); check the space and rights of {base}") from error
 
 
-def _fetch(url: str, sha256: str, file: Path) -> Path:
+def _fetch(url: str, sha256: str) -> bytes:
     logging.getLogger(__name__).info("downloading %s", url)
-    digest = hashlib.sha256()
     try:
-        with urllib.request.urlopen(url, timeout=60) as response, file.open("wb") as out:
-            while chunk := response.read(1 << 20):
-                digest.update(chunk)
-                out.write(chunk)
-            out.flush()
-            os.fsync(out.fileno())
+        with urllib.request.urlopen(url, timeout=60) as response:
+            content: bytes = response.read()
     except (OSError, http.client.HTTPException) as error:
         raise DataError(f"{url}: the download failed ({error}); try again or copy the files by hand") from error
-    if digest.hexdigest() != sha256:
-        raise DataError(f"{url}: sha256 {digest.hexdigest()}, expected {sha256}: cut off or changed; try again")
-    return file
+    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise DataError(f"{url}: sha256 {found}, expected {sha256}: cut off or changed; try again")
+    return content

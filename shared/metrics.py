@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,21 +28,12 @@ def per_class_accuracy(predictions: Tensor, labels: Tensor, num_classes: int) ->
 
 def group_accuracy(per_class: Tensor, groups: ShotGroups) -> dict[str, float | None]:
     """Mean over the classes of each group (many, medium, few) that have a test image; None where there is none."""
-    result: dict[str, float | None] = {}
-    for name, classes in groups._asdict().items():
-        values = per_class[list(classes)]
-        values = values[~values.isnan()]
-        result[name] = float(values.mean()) if len(values) else None
-    return result
+    found = {name: per_class[list(classes)] for name, classes in groups._asdict().items()}
+    return {name: None if v.isnan().all() else float(v[~v.isnan()].mean()) for name, v in found.items()}
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Mean gap between confidence and accuracy over equal bins ((b-1)/B, b/B] of the confidence (Guo et al. 2017).
-
-    Args:
-        probabilities: [N, C], rows that sum to 1.
-        labels: [N].
-    """
+    """Mean gap of confidence and accuracy of probabilities [N, C] over bins ((b-1)/B, b/B] (Guo et al. 2017)."""
     confidence, predictions = probabilities.double().max(dim=1)
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gap = torch.zeros(bins, dtype=torch.float64, device=probabilities.device)
@@ -51,16 +43,13 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
 
 def worst_decile(values: Sequence[float]) -> float:
     """Mean of the lowest tenth of the values (rounded up to whole values); nan where there is none."""
-    worst = sorted(values)[: math.ceil(len(values) / 10)]
-    return math.fsum(worst) / len(worst) if worst else math.nan
+    return mean_and_std(sorted(values)[: math.ceil(len(values) / 10)])[0]
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (n - 1 in the denominator; nan for fewer than two values)."""
+    """Mean and sample standard deviation (n - 1 in the denominator); nan for fewer than one or two values."""
     n = len(values)
-    if n == 0:
-        return math.nan, math.nan
-    mean = math.fsum(values) / n
+    mean = math.fsum(values) / n if n else math.nan
     return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1)) if n > 1 else math.nan
 
 
@@ -77,39 +66,29 @@ class PairedDifference(NamedTuple):
 def paired_difference(left: Sequence[float], right: Sequence[float]) -> PairedDifference:
     """Difference of two methods run on the same seeds, with the 95 % Student-t interval of its mean.
 
-    Fewer than two pairs tell nothing about the spread: the interval is then infinite. Raises ValueError where the two
-    differ in length.
+    Fewer than two pairs give an infinite interval. Raises ValueError where the two differ in length.
     """
     differences = [a - b for a, b in zip(left, right, strict=True)]
-    n = len(differences)
-    mean, std = mean_and_std(differences)
-    half = t_quantile(0.975, n - 1) * std / math.sqrt(n) if n > 1 else math.inf
-    low, high = (mean - half, mean + half) if n else (-math.inf, math.inf)
-    return PairedDifference(mean, std, n, low, high)
+    n, (mean, std) = len(differences), mean_and_std(differences)
+    if n < 2:
+        return PairedDifference(mean, std, n, -math.inf, math.inf)
+    half = t_quantile(0.975, n - 1) * std / math.sqrt(n)
+    return PairedDifference(mean, std, n, mean - half, mean + half)
 
 
 def t_quantile(probability: float, freedom: int) -> float:
     """Quantile of Student's t distribution with `freedom` >= 1 degrees of freedom, for probability in [0.5, 1).
 
-    Bisects the closed form of the two-sided probability (Abramowitz & Stegun 26.7.3-4) in theta = atan(t / sqrt(nu)).
+    In theta = atan(t / sqrt(nu)) the density is proportional to cos(theta) ** (nu - 1): bisects its integral from 0.
     """
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
     low, high = 0.0, math.pi / 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_two_sided(middle, freedom) < 2 * probability - 1 else (low, middle)
+    for _ in range(60):
+        half = (low + high) / 4
+        area = scale * half * float(weights @ np.cos(half * (nodes + 1)) ** (freedom - 1))
+        low, high = (2 * half, high) if area < probability - 0.5 else (low, 2 * half)
     return math.sqrt(freedom) * math.tan(low)
-
-
-def _t_two_sided(theta: float, freedom: int) -> float:
-    """P(|T| <= sqrt(freedom) * tan(theta))."""
-    odd = freedom % 2
-    term = math.cos(theta) if odd else 1.0
-    series = 0.0
-    for k in range(odd, freedom - 1, 2):
-        series += term
-        term *= (k + 1) / (k + 2) * math.cos(theta) ** 2
-    series *= math.sin(theta)
-    return 2 / math.pi * (theta + series) if odd else series
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
@@ -119,16 +98,10 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """
     if len(a) != len(b):
         raise ValueError(f"{len(a)} values against {len(b)}")
-    x, y = _centred_ranks(a), _centred_ranks(b)
-    scale = math.sqrt(sum(r * r for r in x) * sum(r * r for r in y))
-    return sum(p * q for p, q in zip(x, y, strict=True)) / scale if scale else math.nan
-
-
-def _centred_ranks(values: Sequence[float]) -> list[float]:
-    ordered = sorted(values)
-    first: dict[float, int] = {}
-    last: dict[float, int] = {}
-    for rank, value in enumerate(ordered):
-        first.setdefault(value, rank)
-        last[value] = rank
-    return [(first[v] + last[v] + 1 - len(values)) / 2 for v in values]
+    ranks = []
+    for values in (a, b):
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum() - (counts + len(values)) / 2)[place])  # centred
+    x, y = ranks
+    scale = math.sqrt((x @ x) * (y @ y))
+    return float(x @ y) / scale if scale else math.nan

@@ -3,29 +3,21 @@
 Keeps the first 1,000 training and the first 500 test images of every class, in official order, grouped by class.
 """
 
-import gzip
 import sys
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-KEPT = {"train": ("train", 1000), "test": ("t10k", 500)}
-
-
-def read(path: Path, header: int) -> NDArray[np.uint8]:
-    """The bytes of an IDX .gz file after its header."""
-    return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
+from shared.data import read_mnist
 
 
 def make(source: Path, target: Path) -> None:
     """Write `target` (.npz): images [N, 28, 28], labels [N] and official indices [N] of each split, class by class."""
     arrays = {}
-    for split, (prefix, count) in KEPT.items():
-        images = read(source / f"{prefix}-images-idx3-ubyte.gz", header=16).reshape(-1, 28, 28)
-        labels = read(source / f"{prefix}-labels-idx1-ubyte.gz", header=8)
+    for split, prefix, count in (("train", "train", 1000), ("test", "t10k", 500)):
+        images, labels = read_mnist([source / f"{prefix}-{part}-ubyte.gz" for part in ("images-idx3", "labels-idx1")])
         index = np.concatenate([np.flatnonzero(labels == c)[:count] for c in range(10)])
-        arrays[f"{split}_images"] = images[index]
+        arrays[f"{split}_images"] = images[index, 0]
         arrays[f"{split}_labels"] = labels[index]
         arrays[f"{split}_index"] = index.astype(np.uint16)
     np.savez_compressed(target, **arrays)  # a zip with fixed dates: the same bytes each time
