@@ -29,7 +29,7 @@ check: setup ## lint, types, generated tables, and the whole suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m shared.report --check
+	$(BIN)/python results/tables.py --check
 	$(BIN)/python -m pytest
 
 reproduce: reproduce-fedloge ## every paper that is built, one after the other
@@ -41,7 +41,7 @@ bench: setup ## speed and memory, as ratios in one run
 	$(BIN)/python benchmarks/fedloge_round.py
 
 tables: setup ## write the READMEs' tables anew from results/
-	$(BIN)/python -m shared.report
+	$(BIN)/python results/tables.py
 
 schema: setup ## JSON schemas of the configurations, for editors, in schemas/
 	@mkdir -p schemas

@@ -1,10 +1,7 @@
 """Atomic, checksummed files: training states that resume exactly, and models for others to load.
 
-A state file is one line of text, then a safetensors file:
-
-    shared-state 1 <sha256 of the rest>\\n<safetensors: the tensors, and in its metadata the tree that holds them>
-
-so it is written by one rename, and a single changed bit is noticed before anything is read from it.
+A state file is the line `shared-state 1 <sha256 of the rest>` and then a safetensors file: the tensors, and in its
+metadata the tree that holds them. It is written by one rename, and a single changed bit is noticed before it is read.
 """
 
 import contextlib
@@ -12,8 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,40 +24,42 @@ MAGIC = b"shared-state 1 "
 HEADER_BYTES = len(MAGIC) + 64 + 1
 
 
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file so that at any moment the old or the new content is there, whole, also after a power cut.
-
-    Raises:
-        RunError: the folder cannot be written or the disk is full; what was there is untouched.
-    """
-    temporary = None
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A new name beside a file, which takes the file's place when all went well and is gone when not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        temporary.unlink(missing_ok=True)
+        yield temporary
         os.replace(temporary, path)
-        sync_folder(path.parent)
-        temporary = None
+        with contextlib.suppress(OSError):  # the rename outlives a power cut, where the system can
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror or error}; nothing there was changed") from None
     finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in the folder durable, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write a file so that at any moment the old or the new content is there, whole, also after a power cut.
+
+    Raises RunError where that cannot be done, as on a full disk; what was there is untouched.
+    """
+    with _replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a mapping as JSON, as `atomic_write` does."""
+    atomic_write(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -69,34 +67,32 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_encode(dict(state), tensors))
     payload = save_tensors(tensors, metadata={"tree": tree})
-    keep_previous(path)
+    if path.exists():
+        with _replacing(previous_of(path)) as temporary:
+            try:
+                os.link(path, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, temporary)
     atomic_write(path, MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Load what `save_state` wrote, tensors on the CPU.
-
-    Raises:
-        CheckpointError: the file is missing, truncated or changed; nothing of it is returned.
-    """
+    """Load what `save_state` wrote, tensors on the CPU; CheckpointError if the file is missing or changed anywhere."""
+    previous = previous_of(path)
+    advice = f"; continue from the state before it with --previous ({previous})" if previous.exists() else ""
     try:
         data = path.read_bytes()
+        header, payload = data[:HEADER_BYTES], data[HEADER_BYTES:]
+        found = hashlib.sha256(payload).hexdigest()
+        if header != MAGIC + found.encode() + b"\n":
+            raise CheckpointError(f"{path}: is damaged: sha256 {found}, but it begins with {header!r}{advice}")
+        size = int.from_bytes(payload[:8], "little")
+        tree = json.loads(payload[8 : 8 + size])["__metadata__"]["tree"]
+        return dict(_decode(json.loads(tree), load_tensors(payload)))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    header, payload = data[:HEADER_BYTES], memoryview(data)[HEADER_BYTES:]
-    if not header.startswith(MAGIC) or header[-1:] != b"\n":
-        raise CheckpointError(f"{path}: is not a saved state, or its header is damaged{_advice(path)}")
-    stated, found = header[len(MAGIC) : -1].decode("ascii", "replace"), hashlib.sha256(payload).hexdigest()
-    if stated != found:
-        raise CheckpointError(f"{path}: is damaged: sha256 {found}, saved as {stated}{_advice(path)}")
-    try:
-        content = bytes(payload)
-        tree = _metadata(content)["tree"]
-        state = _decode(json.loads(tree), load_tensors(content))
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: is not a saved state: {error}{_advice(path)}") from None
-    assert isinstance(state, dict)
-    return state
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is not a saved state: {error}{advice}") from None
 
 
 def previous_of(path: Path) -> Path:
@@ -104,54 +100,26 @@ def previous_of(path: Path) -> Path:
     return path.with_name(f"previous-{path.name}")
 
 
-def keep_previous(path: Path) -> None:
-    """Keep the present file under its `previous` name, without a moment in which the present name is missing."""
-    if not path.exists():
-        return
-    previous = previous_of(path)
-    step = previous.with_name(f".{previous.name}.tmp")
-    try:
-        step.unlink(missing_ok=True)
-        try:
-            os.link(path, step)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, step)
-        os.replace(step, previous)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            step.unlink()
-        raise RunError(f"{previous}: cannot be written: {error.strerror or error}; {path.name} is untouched") from None
-
-
 def save_model(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write `model.safetensors` and a `config.json` that holds `config` and the weights' sha256."""
     data = save_tensors({name: _plain(tensor) for name, tensor in tensors.items()})
     atomic_write(folder / "model.safetensors", data)
-    described = {**config, "weights_sha256": hashlib.sha256(data).hexdigest()}
-    atomic_write(folder / "config.json", (json.dumps(described, indent=1) + "\n").encode())
+    write_json(folder / "config.json", {**config, "weights_sha256": hashlib.sha256(data).hexdigest()})
 
 
 def load_model(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_model` wrote: (tensors, config).
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or the weights are not those that the config names.
-    """
-    weights, description = folder / "model.safetensors", folder / "config.json"
+    """Read what `save_model` wrote: (tensors, config); CheckpointError if a file is missing, damaged or another's."""
+    weights = folder / "model.safetensors"
     try:
-        data, config = weights.read_bytes(), json.loads(description.read_bytes())
+        data, config = weights.read_bytes(), dict(json.loads((folder / "config.json").read_bytes()))
+        stated, found = config.get("weights_sha256"), hashlib.sha256(data).hexdigest()
+        if stated != found:
+            raise CheckpointError(f"{weights}: is damaged: sha256 {found}, but config.json says {stated}")
+        return load_tensors(data), config
     except OSError as error:
         raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{description}: is not JSON: {error}") from None
-    found = hashlib.sha256(data).hexdigest()
-    stated = config.get("weights_sha256") if isinstance(config, dict) else None
-    if stated != found:
-        raise CheckpointError(f"{weights}: is damaged: sha256 {found}, but {description.name} says {stated}")
-    try:
-        return load_tensors(data), config
-    except SafetensorError as error:
-        raise CheckpointError(f"{weights}: is not a model: {error}") from None
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: is not a model with its config.json: {error}") from None
 
 
 def sweep(folder: Path) -> None:
@@ -190,14 +158,3 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
             return tensors[value["tensor"]]
         return {key: _decode(item, tensors) for key, item in value["dict"].items()}
     return value
-
-
-def _metadata(content: bytes) -> dict[str, str]:
-    size = int.from_bytes(content[:8], "little")
-    metadata = json.loads(content[8 : 8 + size]).get("__metadata__", {})
-    return dict(metadata)
-
-
-def _advice(path: Path) -> str:
-    previous = previous_of(path)
-    return f"; the state before it is kept: continue from it with --previous ({previous})" if previous.exists() else ""

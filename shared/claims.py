@@ -12,22 +12,21 @@ from shared.metrics import PairedDifference, mean_and_std, paired_difference
 
 Verdict = Literal["reproduced", "not reproduced", "inconclusive", "not run at this scale"]
 Figures = Mapping[str, Mapping[int, float]]  # "method/metric" -> seed -> value
+Opponent = str | tuple[str, ...] | float
 MIN_SEEDS = 3
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`left` is above `right`, by paired differences over seeds.
+    """`left` is above `right` (a figure, the best in mean of several, or a number), by paired differences over seeds.
 
-    `right` may be several figures (the one with the best mean is taken, which favours the other side) or a number.
-    `percent` says whether the figures are shares, to be shown in per cent; `headline` whether the claim stands in the
-    one table of all papers.
+    `percent`: the figures are shares, to be shown in per cent; `headline`: it stands in the one table of all papers.
     """
 
     text: str
     source: str
     left: str
-    right: str | tuple[str, ...] | float
+    right: Opponent
     paper: str = "-"
     percent: bool = True
     headline: bool = False
@@ -71,40 +70,29 @@ def judge(claim: Claim, figures: Figures, statistics: bool = True) -> Judgement:
     if len(seeds) < MIN_SEEDS:
         return Judgement(claim, f"{len(seeds)} paired seeds", len(seeds), "not run at this scale")
     difference = paired_difference([left[s] for s in seeds], [right[s] for s in seeds])
-    ours = show_difference(difference, claim.percent)
-    if isinstance(claim.right, tuple):
-        ours += f" against {name.partition('/')[0]}"
-    return Judgement(claim, ours, difference.n, _side(difference))
+    ours = show_difference(difference, claim.percent) + (" points" if claim.percent else "")
+    ours += f" against {name.partition('/')[0]}" if isinstance(claim.right, tuple) else ""
+    verdict: Verdict = "reproduced" if difference.low > 0 else "inconclusive"
+    return Judgement(claim, ours, len(seeds), "not reproduced" if difference.high < 0 else verdict)
 
 
-def _side(difference: PairedDifference) -> Verdict:
-    if difference.low > 0:
-        return "reproduced"
-    return "not reproduced" if difference.high < 0 else "inconclusive"
-
-
-def _opponent(
-    right: str | tuple[str, ...] | float, figures: Figures, left: Mapping[int, float]
-) -> tuple[str, Mapping[int, float]]:
+def _opponent(right: Opponent, figures: Figures, left: Mapping[int, float]) -> tuple[str, Mapping[int, float]]:
     if isinstance(right, float | int):
-        return str(right), dict.fromkeys(left, float(right))
+        return "", dict.fromkeys(left, float(right))
     names = (right,) if isinstance(right, str) else right
-    found = [(name, figures[name]) for name in names if figures.get(name)]
-    if len(found) < len(names) or not found:  # a missing opponent must not make a claim easier
-        return names[0], {}
-    return max(found, key=lambda item: mean_and_std(list(item[1].values()))[0])
+    if not all(figures.get(name) for name in names):  # a missing opponent must not make a claim easier
+        return "", {}
+    best = max(names, key=lambda name: mean_and_std(list(figures[name].values()))[0])
+    return best, figures[best]
 
 
 def _judge_fact(claim: Fact, figures: Figures) -> Judgement:
     values = list(figures.get(claim.figure, {}).values())
     if not values:
         return Judgement(claim, "-", 0, "not run at this scale")
-    slack = claim.tolerance
-    holds = {
-        "==": all(abs(v - claim.value) <= slack for v in values),
-        "<=": all(v <= claim.value + slack for v in values),
-        ">=": all(v >= claim.value - slack for v in values),
-    }[claim.relation]
+    below = all(value <= claim.value + claim.tolerance for value in values)
+    above = all(value >= claim.value - claim.tolerance for value in values)
+    holds = {"==": below and above, "<=": below, ">=": above}[claim.relation]
     low, high = min(values), max(values)
     ours = number(low) if math.isclose(low, high, rel_tol=1e-6) else f"{number(low)} to {number(high)}"
     return Judgement(claim, ours, len(values), "reproduced" if holds else "not reproduced")
@@ -120,11 +108,8 @@ def number(value: float) -> str:
 def show_difference(difference: PairedDifference, percent: bool = True) -> str:
     """`+2.80 ± 0.90 [+0.60, +5.00]`: mean, deviation, 95 % interval of the paired difference."""
     scale, digits = (100, 2) if percent else (1, 3)
-    mean, std, low, high = (
-        f"{scale * v:{sign}.{digits}f}"
-        for v, sign in zip((difference.mean, difference.std, difference.low, difference.high), "+ ++", strict=True)
-    )
-    return f"{mean} ± {std.strip()} [{low}, {high}]"
+    mean, low, high = (f"{scale * v:+.{digits}f}" for v in (difference.mean, difference.low, difference.high))
+    return f"{mean} ± {scale * difference.std:.{digits}f} [{low}, {high}]"
 
 
 def show_mean(values: Sequence[float], percent: bool = True) -> str:

@@ -17,9 +17,8 @@ def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | No
     try:
         return main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
-        lines = str(error).splitlines() or ["unknown"]
-        head = f"{lines[0]}" if len(lines) == 1 else f"{len(lines)} problems\n  " + "\n  ".join(lines)
-        print(f"error: {head}", file=sys.stderr)
+        lines = str(error).splitlines()
+        print("error:", "\n  ".join([f"{len(lines)} problems", *lines] if len(lines) > 1 else lines), file=sys.stderr)
         return 2
     except InterruptedRunError as stop:
         package = Path(main.__code__.co_filename).parent.name  # under -m, __module__ is only "__main__"
@@ -51,14 +50,9 @@ def train_parser(package: str, example: str) -> argparse.ArgumentParser:
 
 
 def find_config(name: str, package: str) -> Path:
-    """A configuration by path (from here or from the repository) or by its name in the package's `configs/`.
-
-    Raises:
-        ConfigError: it is in none of these places; the message lists those that the package has.
-    """
+    """A configuration by path (from here or the repository) or name in the package's `configs/`; else ConfigError."""
     folder = REPOSITORY / package / "configs"
-    places = [Path(name), REPOSITORY / name, folder / name, folder / f"{name}.yaml"]
-    for place in places:
+    for place in (Path(name), REPOSITORY / name, folder / name, folder / f"{name}.yaml"):
         if os.path.isfile(place):  # unlike is_file, False also for a name that no file can have
             return place
     known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
@@ -66,11 +60,7 @@ def find_config(name: str, package: str) -> Path:
 
 
 def check_shared(package_file: str) -> None:
-    """Another distribution is called `shared` too: make sure that ours, beside the package, was imported.
-
-    Raises:
-        ConfigError: naming the copy that was found.
-    """
+    """ConfigError if it was another distribution's `shared` that was imported, not ours beside the package."""
     wanted = Path(package_file).resolve().parents[1] / "shared"
     found = Path(__file__).resolve().parent
     if found != wanted:

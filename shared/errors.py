@@ -29,5 +29,4 @@ class InterruptedRunError(Exception):
 
     def __init__(self, signal_number: int, folder: Path) -> None:
         super().__init__(signal.Signals(signal_number).name)
-        self.exit_code = 128 + signal_number
-        self.folder = folder
+        self.exit_code, self.folder = 128 + signal_number, folder

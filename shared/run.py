@@ -19,8 +19,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import IO, Any, Generic, Self, TypeVar
+from types import FrameType
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from shared.gpu import NotFiniteError, describe, peak_memory
 
 SAVE_EVERY_SECONDS = 10.0  # a state is written at most this often; what is saved never depends on when
 PROGRESS_EVERY_SECONDS = 0.3
+BEGUN = {".lock", "environment.json"}  # what a run leaves that was killed before it wrote its configuration
 
 C = TypeVar("C", bound=Section)
 T = TypeVar("T")
@@ -43,67 +44,52 @@ class Run(Generic[C]):
     def __init__(self, folder: Path, config: C, command: str) -> None:
         self.folder, self.config, self.command = folder, config, command
         self.state_path = folder / "checkpoint" / "state.ckpt"
-        self._lock: IO[str] | None = None
+        self._undo = contextlib.ExitStack()
         self._signal: int | None = None
-        self._old_handlers: dict[int, Any] = {}
         self._saved_at = self._opened_at = time.monotonic()
-        self._shown_at = 0.0
         self._seconds_before = 0.0
 
     def __enter__(self) -> Self:
-        try:
-            self._create()
-        except BaseException:
-            self._unlock()
-            raise
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread
-                self._old_handlers[number] = signal.signal(number, self._on_signal)
+        with contextlib.ExitStack() as undo:
+            self._create(undo)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                with contextlib.suppress(ValueError):  # not in the main thread
+                    undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
+            self._undo = undo.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
-        self._old_handlers.clear()
-        self._unlock()
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
+    def __exit__(self, *error: object) -> None:
+        self._undo.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal == number:  # asked twice: leave at once; the last saved state stands
             raise InterruptedRunError(number, self.folder)
         self._signal = self._signal or number  # a study sends SIGTERM after the terminal's Ctrl-C: that is one wish
 
-    def _create(self) -> None:
+    def _create(self, undo: contextlib.ExitStack) -> None:
         written = self.folder / "config.yaml"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not written.exists() and (strange := sorted(p.name for p in self.folder.iterdir() if not _ours(p))):
-                raise RunError(f"{self.folder}: holds {strange[0]!r} but is not a run; choose another with --out")
-            self._lock = open(self.folder / ".lock", "a")  # noqa: SIM115 (held for the life of the run)
+            names = {p.name for p in self.folder.iterdir() if not p.match(".*.tmp")} - BEGUN
+            if names and not written.exists():
+                raise RunError(f"{self.folder}: holds {min(names)!r} but is not a run; choose another with --out")
+            lock = undo.enter_context((self.folder / ".lock").open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{self.folder}: another process is writing this run; wait for it or choose --out") from None
         except OSError as error:
             raise RunError(f"{self.folder}: cannot be written: {error.strerror}; choose another with --out") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{self.folder}: another process is writing this run; wait for it or choose --out") from None
-        if not written.exists():
-            checkpoint.sweep(self.folder)
-            checkpoint.atomic_write(self.folder / "environment.json", _json(environment(self.command)))
-            checkpoint.atomic_write(written, dump(self.config).encode())
-            return
-        try:
-            old = load(written, type(self.config))
+            changed = differences(load(written, type(self.config)), self.config) if written.exists() else []
         except ConfigError as error:
-            raise RunError(f"{self.folder}: holds a run of another configuration: {error}") from None
-        if changed := differences(old, self.config):
+            changed = str(error).splitlines()
+        if changed:
             shown = "; ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
             raise RunError(f"{self.folder}: holds a run with another configuration ({shown}); choose another --out")
         checkpoint.sweep(self.folder)
+        if not written.exists():
+            checkpoint.write_json(self.folder / "environment.json", environment(self.command))
+            checkpoint.atomic_write(written, dump(self.config).encode())
 
     @property
     def results(self) -> dict[str, Any] | None:
@@ -116,60 +102,47 @@ class Run(Generic[C]):
         return self._seconds_before + time.monotonic() - self._opened_at
 
     def restore(self, previous: bool = False) -> dict[str, Any] | None:
-        """The last saved state (or the one before it), or None for a new run; `metrics.jsonl` is cut back to it.
-
-        Raises:
-            CheckpointError: the state is damaged.
-        """
+        """The last saved state (or the one before it), or None for a new run; `metrics.jsonl` is cut back to it."""
         path = checkpoint.previous_of(self.state_path) if previous else self.state_path
         if not path.exists() and not previous:
             self._cut_metrics(0)
             return None
         saved = checkpoint.load_state(path)
-        self._seconds_before = float(saved["seconds"])
-        self._opened_at = time.monotonic()
+        self._seconds_before, self._opened_at = float(saved["seconds"]), time.monotonic()
         self._cut_metrics(int(saved["metrics_bytes"]))
-        state = saved["state"]
-        assert isinstance(state, dict)
-        return state
+        return dict(saved["state"])
 
     def save(self, state: Mapping[str, Any], force: bool = False) -> None:
         """Save the state if the last saving is some seconds ago, or if `force`."""
         if not force and time.monotonic() - self._saved_at < SAVE_EVERY_SECONDS:
             return
-        metrics = self.folder / "metrics.jsonl"
-        metrics.touch()
-        with open(metrics, "rb") as file:  # what the state counts on must outlive a power cut as the state does
-            os.fsync(file.fileno())
-            size = file.seek(0, os.SEEK_END)
+        with open(self.folder / "metrics.jsonl", "ab") as file:
+            os.fsync(file.fileno())  # what the state counts on must outlive a power cut as the state does
+            size = file.tell()
         checkpoint.save_state(self.state_path, {"state": state, "metrics_bytes": size, "seconds": self.seconds})
         self._saved_at = time.monotonic()
 
     def log(self, event: str, **values: Any) -> None:
         """Append one line to `metrics.jsonl`."""
-        line = json.dumps({"event": event, **values}) + "\n"
         try:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(line)
+                file.write(json.dumps({"event": event, **values}) + "\n")
         except OSError as error:
             raise RunError(f"{self.folder / 'metrics.jsonl'}: cannot be written: {error.strerror}") from None
 
     def steps(self, items: Iterable[T], total: int, unit: str, start: int = 0) -> Iterator[T]:
         """Iterate and keep `progress.json` up to date, which a study reads; on a terminal, show a bar."""
-        from rich.progress import Progress
+        if sys.stderr.isatty():
+            from rich.progress import track
 
-        with Progress(
-            *Progress.get_default_columns(),
-            "{task.completed}/{task.total}",
-            disable=not sys.stderr.isatty(),
-            transient=True,
-        ) as bar:
-            task = bar.add_task(unit, total=total, completed=start)
-            for done, item in enumerate(items, start):
-                self._show(done, total, unit)
-                yield item
-                bar.advance(task)
-        self._show(total, total, unit)
+            items = track(items, unit, total, completed=start, transient=True)
+        shown_at = 0.0
+        for done, item in enumerate(items, start):
+            if time.monotonic() - shown_at >= PROGRESS_EVERY_SECONDS:
+                shown_at = time.monotonic()
+                self._progress(done, total, unit)
+            yield item
+        self._progress(total, total, unit)
 
     def check(self) -> None:
         """To be called after each step: raises InterruptedRunError once a signal has come."""
@@ -183,21 +156,17 @@ class Run(Generic[C]):
             **results, "device": describe(device), "precision": precision, "commit": where["commit"],
             "command": where["command"], "seconds": round(self.seconds, 2), "peak_memory_bytes": peak_memory(device),
         }  # fmt: skip
-        checkpoint.atomic_write(self.folder / "results.json", _json(complete))
+        checkpoint.write_json(self.folder / "results.json", complete)
         return complete
 
     def not_finite(self, error: NotFiniteError, **where: Any) -> RunError:
         """Write what is needed to see a non-finite loss again, and the error that says so."""
         bundle = self.folder / "not_finite.json"
         details = {"step": error.step, "loss": str(error.loss), **where, "config": dump(self.config)}
-        checkpoint.atomic_write(bundle, _json(details))
+        checkpoint.write_json(bundle, details)
         return RunError(f"{self.folder.name}: {error}; the batch and the configuration are in {bundle}")
 
-    def _show(self, done: int, total: int, unit: str) -> None:
-        now = time.monotonic()
-        if done < total and now - self._shown_at < PROGRESS_EVERY_SECONDS:
-            return
-        self._shown_at = now
+    def _progress(self, done: int, total: int, unit: str) -> None:
         with contextlib.suppress(OSError):
             (self.folder / "progress.json").write_text(json.dumps({"done": done, "total": total, "unit": unit}))
 
@@ -209,11 +178,6 @@ class Run(Generic[C]):
             os.truncate(path, size)
 
 
-def _ours(path: Path) -> bool:
-    """Whether a run that was killed before it wrote its configuration may have left this file."""
-    return path.name in (".lock", "environment.json") or (path.name.startswith(".") and path.suffix == ".tmp")
-
-
 def folder_name(config_name: str, method: str, seed: int, overrides: Iterable[str]) -> str:
     """`<config>-<method>-s<seed>`, and a short digest where other overrides make it a different run."""
     others = sorted(o for o in overrides if not o.startswith(("seed=", "method=", "method.name=", "device=")))
@@ -222,20 +186,16 @@ def folder_name(config_name: str, method: str, seed: int, overrides: Iterable[st
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """The results of a finished run.
-
-    Raises:
-        RunError: the run is not finished, or the file is damaged.
-    """
+    """The results of a finished run; RunError if it is not finished or the file is damaged."""
     path = folder / "results.json"
     try:
         results = json.loads(path.read_bytes())
     except OSError:
         raise RunError(f"{folder}: is not a finished run (no results.json in it)") from None
     except ValueError:
-        raise RunError(f"{path}: is damaged (not JSON); delete it to make the run finish again") from None
+        results = None
     if not isinstance(results, dict):
-        raise RunError(f"{path}: is damaged (not a mapping); delete it to make the run finish again")
+        raise RunError(f"{path}: is damaged (no mapping in JSON); delete it to make the run finish again")
     return results
 
 
@@ -270,13 +230,7 @@ def state_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _git(*arguments: str) -> str:
-    root = Path(__file__).resolve().parents[1]
-    try:
-        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
+    command = ["git", "-C", str(Path(__file__).resolve().parents[1]), *arguments]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=10).decode().strip()
+    return ""

@@ -1,8 +1,7 @@
 """A study: many runs side by side, one process a core, one display, one forecast, and no failure that stops the rest.
 
-Each job is a training command in a process of its own, forked from a server that has the libraries loaded, so a job
-starts in a tenth of a second. A job uses the threads that its configuration names (studies say 1), whatever runs
-beside it: the number of workers changes the time, never a bit.
+Each job is a training command in a process of its own, forked from a server that has the libraries loaded. It uses the
+threads that its configuration names, whatever runs beside it: the number of workers changes the time, never a bit.
 """
 
 import contextlib
@@ -13,14 +12,13 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
-from typing import Literal
+from statistics import fmean
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -62,14 +60,9 @@ class _Running:
 
 
 def choose_scale(asked: str) -> tuple[Scale, str]:
-    """Resolve `auto`; returns the scale and the sentence that says why.
-
-    Raises:
-        ConfigError: there is no such scale.
-    """
-    scales: dict[str, Scale] = {"smoke": "smoke", "mini": "mini", "paper": "paper"}
-    if asked in scales:
-        return scales[asked], f"scale {asked}, as asked"
+    """Resolve `auto`; returns the scale and the sentence that says why. ConfigError for a scale that is none."""
+    if asked in get_args(Scale):
+        return cast(Scale, asked), f"scale {asked}, as asked"
     if asked != "auto":
         raise ConfigError(f"--scale {asked}: is not a scale; choose from auto, smoke, mini, paper")
     if torch.cuda.is_available():
@@ -80,14 +73,14 @@ def choose_scale(asked: str) -> tuple[Scale, str]:
 def run_jobs(module: str, jobs: Sequence[Job], workers: int = 0) -> dict[str, Outcome]:
     """Run all jobs, `workers` at a time (0: one a core, or one in all on a GPU); returns job name -> outcome.
 
-    Ctrl-C (or SIGTERM) stops the running jobs, which save their states, and is raised again: the same command
-    continues.
+    Ctrl-C or SIGTERM stops the running jobs, which save their states, and is raised again; the same command continues.
     """
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", module])
     waiting, running, outcomes = list(jobs), list[_Running](), dict[str, Outcome]()
-    with _one_thread_each(), _stopped_by_sigterm(), _display(len(jobs)) as show:
+    display = _Display(len(jobs))
+    with _surroundings(), display.bar:
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
@@ -97,7 +90,7 @@ def run_jobs(module: str, jobs: Sequence[Job], workers: int = 0) -> dict[str, Ou
                     outcomes[item.job.name] = outcome = _outcome(item)
                     if outcome.code:
                         print(f"failed: {item.job.name}: {outcome.message}", file=sys.stderr)
-                show(outcomes, running, forecast(jobs, outcomes, running, waiting, workers))
+                display.show(outcomes, running, forecast(jobs, outcomes, running, waiting, workers))
                 time.sleep(POLL_SECONDS)
         finally:
             for item in running:
@@ -112,27 +105,24 @@ def forecast(
 ) -> float | None:
     """Seconds until the study ends, or None while nothing is known.
 
-    A job is taken to last as long as the mean of its group's finished jobs, else as its own progress says, else as
-    long as the mean of all that is known.
+    A job is taken to last as long as its own progress says, else as the mean of its group's jobs whose length is
+    known, else as the mean of all that is known.
     """
-    known: dict[str, list[float]] = {}
+    elapsed = {item.job.name: time.monotonic() - item.started for item in running}
+    shares = {item.job.name: progress_of(item.job.folder) for item in running}
+    whole = {name: outcome.seconds for name, outcome in outcomes.items() if not outcome.code}
+    whole |= {name: elapsed[name] / share for name, share in shares.items() if share > 0.02}
+    groups: dict[str, list[float]] = {}
     for job in jobs:
-        if job.name in outcomes and outcomes[job.name].code == 0:
-            known.setdefault(job.group, []).append(outcomes[job.name].seconds)
-    left: list[float] = []
-    for item in running:
-        share, elapsed = progress_of(item.job.folder), time.monotonic() - item.started
-        if share > 0.02:
-            whole = elapsed / share
-            known.setdefault(item.job.group, []).append(whole)
-            left.append(whole - elapsed)
-    if not known:
+        if job.name in whole:
+            groups.setdefault(job.group, []).append(whole[job.name])
+    if not groups:
         return None
-    means = {group: sum(values) / len(values) for group, values in known.items()}
-    overall = sum(means.values()) / len(means)
-    left += [means.get(job.group, overall) for job in waiting]
-    left += [overall] * (len(running) - sum(progress_of(item.job.folder) > 0.02 for item in running))
-    return max(sum(left) / workers, max(left, default=0.0))
+    means = {group: fmean(values) for group, values in groups.items()}
+    lengths = {job.name: whole.get(job.name, means.get(job.group, fmean(means.values()))) for job in jobs}
+    left = [max(0.0, lengths[name] - seconds) for name, seconds in elapsed.items()]
+    left += [lengths[job.name] for job in waiting]
+    return max(sum(left) / workers, *left, 0.0)
 
 
 def progress_of(folder: Path) -> float:
@@ -168,85 +158,50 @@ def _work(module: str, arguments: Sequence[str], log: str) -> None:
 
 
 def _outcome(item: _Running) -> Outcome:
-    code, seconds = item.process.exitcode or 0, time.monotonic() - item.started
-    if not code:
-        return Outcome(code, seconds)
-    try:
-        printed = log_of(item.job).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        printed = ""
-    lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    last = lines[-1] if lines else f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-    return Outcome(code, seconds, f"{last} ({log_of(item.job)})")
+    code, last = item.process.exitcode or 0, ""
+    if code:
+        last = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+        with contextlib.suppress(OSError):
+            last = log_of(item.job).read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2] or last
+        last += f" ({log_of(item.job)})"
+    return Outcome(code, time.monotonic() - item.started, last)
 
 
 @contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Thread pools that are started by import must not fill the machine; a job then sets its own number."""
+def _surroundings() -> Iterator[None]:
+    """One thread for the pools that imports start (a job then sets its own number); SIGTERM ends a study as Ctrl-C."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.environ.update, before)
+        for name in names:
+            os.environ[name] = "1"
+            undo.callback(os.environ.pop, name, None)
+        with contextlib.suppress(ValueError):  # not in the main thread
+            handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+            undo.callback(signal.signal, signal.SIGTERM, handler)
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
-@contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends a study as Ctrl-C does: by an exception, so that its jobs are stopped too."""
+class _Display:
+    """A bar on a terminal; elsewhere a line after five seconds and then every minute."""
 
-    def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-class _Show:
     def __init__(self, total: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
-        columns = (
-            TextColumn("runs"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-        )
+        columns = ("runs", BarColumn(), "{task.completed:.0f}/{task.total}", TimeElapsedColumn(), "{task.description}")
         self.bar = Progress(*columns, disable=not sys.stderr.isatty())
-        self.task = self.bar.add_task("", total=total)
-        self.total = total
-        self.started = self.told = time.monotonic()
+        self.task, self.total, self.next = self.bar.add_task("", total=total), total, time.monotonic() + 5
 
-    def __call__(self, outcomes: dict[str, Outcome], running: Sequence[_Running], left: float | None) -> None:
+    def show(self, outcomes: dict[str, Outcome], running: Sequence[_Running], left: float | None) -> None:
+        """Say how far the study is."""
         done = len(outcomes) + sum(progress_of(item.job.folder) for item in running)
         failed = sum(outcome.code != 0 for outcome in outcomes.values())
-        text = f"about {_minutes(left)} left" if left is not None else "measuring"
+        text = "measuring"
+        if left is not None:
+            text = f"about {left:.0f} s left" if left < 90 else f"about {left / 60:.0f} min left"
         text += f", {failed} failed" if failed else ""
         self.bar.update(self.task, completed=done, description=f"{text}; {', '.join(i.job.name for i in running)}")
-        interval = 5 if self.told == self.started else 60
-        if self.bar.disable and left is not None and time.monotonic() - self.told > interval:
-            self.told = time.monotonic()
+        if self.bar.disable and left is not None and time.monotonic() > self.next:
+            self.next = time.monotonic() + 60
             print(f"{len(outcomes)} of {self.total} runs done, {text}", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _display(total: int) -> Iterator[_Show]:
-    show = _Show(total)
-    with show.bar:
-        yield show
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -5,16 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared import report
 from shared.claims import Comparison, Fact, judge
-from shared.cli import run_main
 from shared.errors import DataError
 from shared.report import (
     Row,
     claim_table,
-    colour,
     figures_of,
-    fill,
     markdown,
     method_table,
     read_rows,
@@ -128,57 +124,6 @@ def test_the_terminal_shows_cells_as_they_are_even_with_brackets(capsys):
     printed = capsys.readouterr().out
     for cell in ("+1.00 [0.1, 0.2]", "[red]", "not reproduced"):
         assert cell in printed
-    assert colour("reproduced") == "[green]reproduced[/]"
-
-
-def test_filling_replaces_what_stands_between_the_markers_and_nothing_else(tmp_path):
-    (tmp_path / "t.md").write_text("| new |\n\n")
-    (tmp_path / "u.md").write_text("\\1 and \\g<0>\n")
-    text = "before\n<!-- begin t.md -->\nold\nold\n<!-- end t.md -->\nmiddle\n"
-    text += "<!-- begin u.md -->\n<!-- end u.md -->\nafter\n"
-    filled = fill(text, tmp_path)
-    assert filled == (
-        "before\n<!-- begin t.md -->\n| new |\n<!-- end t.md -->\nmiddle\n"
-        "<!-- begin u.md -->\n\\1 and \\g<0>\n<!-- end u.md -->\nafter\n"
-    )
-    assert fill(filled, tmp_path) == filled
-    assert fill("no markers", tmp_path) == "no markers"
-    with pytest.raises(DataError, match=r"gone\.md: cannot be read"):
-        fill("<!-- begin gone.md -->\n<!-- end gone.md -->", tmp_path)
-
-
-def test_check_says_what_is_stale_and_writes_nothing_and_the_command_mends_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "REPOSITORY", tmp_path)
-    (tmp_path / "part").mkdir()
-    (tmp_path / "t.md").write_text("| new |\n")
-    old = "<!-- begin t.md -->\nold\n<!-- end t.md -->\n"
-    for path in (tmp_path / "README.md", tmp_path / "part" / "README.md"):
-        path.write_text(old)
-    assert run_main(report.main, ["--check"]) == 1
-    assert capsys.readouterr().out == "stale: README.md\nstale: part/README.md\n"
-    assert (tmp_path / "README.md").read_text() == old
-    assert run_main(report.main, []) == 0
-    assert capsys.readouterr().out == "written: README.md\nwritten: part/README.md\n"
-    assert "| new |" in (tmp_path / "part" / "README.md").read_text()
-    assert run_main(report.main, ["--check"]) == 0
-    assert capsys.readouterr().out == "up to date\n"
-    (tmp_path / "t.md").unlink()
-    assert run_main(report.main, ["--check"]) == 2
-    assert capsys.readouterr().err.startswith("error: t.md: cannot be read")
-
-
-@pytest.mark.parametrize("argument", ["--chek", "README.md", "--help"])
-def test_a_mistyped_argument_writes_nothing(tmp_path, monkeypatch, argument, capsys):
-    monkeypatch.setattr(report, "REPOSITORY", tmp_path)
-    (tmp_path / "t.md").write_text("new")
-    (tmp_path / "README.md").write_text("<!-- begin t.md -->\n<!-- end t.md -->\n")
-    with pytest.raises(SystemExit):
-        report.main([argument])
-    assert "new" not in (tmp_path / "README.md").read_text()
-
-
-def test_the_tables_of_the_readmes_are_those_of_the_results():
-    assert report.main(["--check"]) == 0
 
 
 def test_a_value_that_is_not_a_number_is_not_lost_on_the_way(tmp_path):
