@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,7 +158,7 @@ def geometry(server: Server, problem: Problem, config: Config) -> tuple[Figures,
     if "personal.weight" in server.private and "classifier.weight" in server.state:
         counts = torch.tensor(problem.class_counts)
         shared_lengths = server.state["classifier.weight"].norm(dim=-1).cpu()
-        rank_correlation = metrics.spearman(shared_lengths.tolist(), counts.tolist())
+        rank_correlation = spearman(shared_lengths.tolist(), counts.tolist())
         figures["psi.length_by_frequency"] = None if math.isnan(rank_correlation) else rank_correlation  # equal counts
         own = server.private["personal.weight"].norm(dim=-1).cpu()
         held = problem.shape.counts.cpu() > 0
@@ -168,6 +169,22 @@ def geometry(server: Server, problem: Problem, config: Config) -> tuple[Figures,
         details["psi.lengths"] = [round(v, 5) for v in shared_lengths.tolist()]
         details["phi.lengths"] = [round(v, 5) for v in average_clients(own, problem.shape.counts.cpu()).tolist()]
     return figures, details
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Rank correlation in -1..1 (ties share their mean rank); nan where either side is constant or has under 2 values.
+
+    Raises ValueError where the two differ in length.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} values against {len(b)}")
+    ranks = []
+    for values in (a, b):
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum() - (counts + len(values)) / 2)[place])  # centred
+    x, y = ranks
+    scale = math.sqrt((x @ x) * (y @ y))
+    return float(x @ y) / scale if scale else math.nan
 
 
 def add_realignment(figures: Figures, server: Server) -> None:

@@ -1,4 +1,4 @@
-"""Figures of merit: accuracy overall, a class and a shot group; calibration; means over seeds and paired differences.
+"""Figures of merit: accuracy overall, a class and a shot group; means over seeds and paired differences.
 
 Accuracies are fractions in 0..1. Tensors may live on any device; each function moves its result to the CPU once.
 """
@@ -30,15 +30,6 @@ def group_accuracy(per_class: Tensor, groups: ShotGroups) -> dict[str, float | N
     """Mean over the classes of each group (many, medium, few) that have a test image; None where there is none."""
     found = {name: per_class[list(classes)] for name, classes in groups._asdict().items()}
     return {name: None if v.isnan().all() else float(v[~v.isnan()].mean()) for name, v in found.items()}
-
-
-def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Mean gap of confidence and accuracy of probabilities [N, C] over bins ((b-1)/B, b/B] (Guo et al. 2017)."""
-    confidence, predictions = probabilities.double().max(dim=1)
-    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gap = torch.zeros(bins, dtype=torch.float64, device=probabilities.device)
-    gap.index_add_(0, index, (predictions == labels).double() - confidence)
-    return float(gap.abs().sum() / len(labels))
 
 
 def worst_decile(values: Sequence[float]) -> float:
@@ -89,19 +80,3 @@ def t_quantile(probability: float, freedom: int) -> float:
         area = scale * half * float(weights @ np.cos(half * (nodes + 1)) ** (freedom - 1))
         low, high = (2 * half, high) if area < probability - 0.5 else (low, 2 * half)
     return math.sqrt(freedom) * math.tan(low)
-
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Rank correlation in -1..1 (ties share their mean rank); nan where either side is constant or has under 2 values.
-
-    Raises ValueError where the two differ in length.
-    """
-    if len(a) != len(b):
-        raise ValueError(f"{len(a)} values against {len(b)}")
-    ranks = []
-    for values in (a, b):
-        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((counts.cumsum() - (counts + len(values)) / 2)[place])  # centred
-    x, y = ranks
-    scale = math.sqrt((x @ x) * (y @ y))
-    return float(x @ y) / scale if scale else math.nan

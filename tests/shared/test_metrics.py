@@ -2,18 +2,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from shared.longtail import ShotGroups
 from shared.metrics import (
     accuracy,
-    expected_calibration_error,
     group_accuracy,
     mean_and_std,
     paired_difference,
     per_class_accuracy,
-    spearman,
     t_quantile,
     worst_decile,
 )
@@ -45,26 +41,6 @@ def test_on_a_balanced_test_set_the_groups_weighted_by_size_give_the_accuracy():
 def test_group_accuracy_leaves_out_classes_without_test_image_and_gives_none_for_empty_groups():
     per_class = torch.tensor([1.0, math.nan, 0.5, math.nan], dtype=torch.float64)
     assert group_accuracy(per_class, ShotGroups((0, 1, 2), (), (3,))) == {"many": 0.75, "medium": None, "few": None}
-
-
-def test_calibration_error_by_hand():
-    probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.3, 0.7], [0.4, 0.6]])
-    labels = torch.tensor([0, 1, 1, 1])
-    # Bins of 1/15: {0.9, 0.9} half right, {0.7} right, {0.6} right.
-    expected = (2 * 0.4 + 0.3 + 0.4) / 4
-    assert expected_calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-6)
-
-
-def test_calibration_error_is_zero_when_sure_and_right_and_one_when_sure_and_wrong():
-    sure = torch.eye(3)
-    assert expected_calibration_error(sure, torch.tensor([0, 1, 2])) == 0
-    assert expected_calibration_error(sure, torch.tensor([1, 2, 0])) == 1
-
-
-def test_a_confidence_on_the_edge_belongs_to_the_bin_below():
-    # Right at 0.5 (lower bin), wrong at 0.75 (upper bin); in one bin the two would nearly cancel.
-    probabilities = torch.tensor([[0.5, 0.5], [0.75, 0.25]])
-    assert expected_calibration_error(probabilities, torch.tensor([0, 1]), bins=2) == (0.5 + 0.75) / 2
 
 
 def test_worst_decile_is_the_mean_of_the_lowest_tenth():
@@ -122,18 +98,3 @@ def test_fewer_than_two_pairs_give_an_infinite_interval():
 def test_unpaired_values_are_refused():
     with pytest.raises(ValueError, match="shorter"):
         paired_difference([1.0, 2.0], [1.0])
-    with pytest.raises(ValueError, match="2 values against 1"):
-        spearman([1.0, 2.0], [1.0])
-
-
-def test_spearman_by_hand_with_ties():
-    # Ranks 1, 2.5, 2.5, 4 against 1, 3, 2, 4: covariance 4.5, variances 4.5 and 5.
-    assert spearman([10, 20, 20, 30], [1, 5, 4, 9]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    assert math.isnan(spearman([1, 1, 1], [1, 2, 3]))
-    assert math.isnan(spearman([1], [2]))
-
-
-@given(st.lists(st.integers(-50, 50), min_size=2, max_size=30, unique=True))
-def test_spearman_sees_only_the_order(values):
-    assert spearman(values, [math.exp(v / 10) for v in values]) == pytest.approx(1)
-    assert spearman(values, [-(v**3) for v in values]) == pytest.approx(-1)
