@@ -110,9 +110,17 @@ def finish(run: "Run[Config]", server: "Server", problem: "Problem", config: "Co
             "paper": "fedloge", "config": run.folder.name.partition(f"-{config.method.name}-")[0],
             "method": config.method.name, "seed": config.seed, "figures": figures, "data": problem.facts(),
             "details": evaluations[-1]["details"] | drawn, "model_digest": state_digest(tensors),
+            "images_per_second": round(speed(read_metrics(run.folder, "client"), server, problem), 1),
         },
         device, resolve_precision(config.precision, device),
     )  # fmt: skip
+
+
+def speed(clients: list[dict[str, Any]], server: "Server", problem: "Problem") -> float:
+    """Images trained a second, over all local training of the run (the client's message and the averaging included)."""
+    epochs = sum(phase.epochs for phase in server.method.phases())
+    images = epochs * sum(problem.clients[entry["client"]].size for entry in clients)
+    return float(images / sum(entry["seconds"] for entry in clients))
 
 
 def mean(values: list[float | None]) -> float | None:
@@ -128,8 +136,9 @@ def show(config: "Config", results: dict[str, Any], folder: Path) -> None:
     for kind, names in (("generic", ("accuracy", "many", "medium", "few")), ("personal", ("accuracy", "worst_decile"))):
         found = {name: values[f"{kind}.{name}"] for name in names}
         cells = "  ".join(f"{name} {'-' if v is None else f'{100 * v:.2f}'}" for name, v in found.items())
-        print(f"{kind:9} {cells}   (%, mean of the last {config.evaluate.last} evaluated rounds)")
-    print(f"{results['seconds']:.0f} s on {results['device']}; results and model in {folder}")
+        print(f"{kind:9} {cells}   (%, mean of the last {min(config.evaluate.last, config.rounds)} rounds)")
+    print(f"{results['seconds']:.0f} s, {results['images_per_second']:.0f} training images/s on {results['device']}")
+    print(f"results and model in {folder}")
 
 
 def dry_run(config: "Config") -> None:

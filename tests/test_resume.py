@@ -38,7 +38,7 @@ class StoppedRun(Run[Any]):
 def figures_of(folder: Path) -> dict[str, Any]:
     """All that a run says of itself but the time."""
     results = json.loads((folder / "results.json").read_text())
-    timed = ("seconds", "peak_memory_bytes", "command", "commit")
+    timed = ("seconds", "images_per_second", "peak_memory_bytes", "command", "commit")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "results": {key: value for key, value in results.items() if key not in timed},
