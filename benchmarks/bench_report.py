@@ -2,8 +2,9 @@
 
 import csv
 import gc
+import io
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -11,25 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.checkpoint import atomic_write
 from shared.gpu import describe
-from shared.report import show
+from shared.report import markdown, show
 from shared.run import environment
 
 CPU = torch.device("cpu")
-COLUMNS = [
-    "benchmark",
-    "setting",
-    "ours",
-    "reference",
-    "ratio",
-    "ratio_q1",
-    "ratio_q3",
-    "unit",
-    "n",
-    "device",
-    "threads",
-]
-COLUMNS += ["torch", "commit"]
+COLUMNS = (
+    "benchmark", "setting", "ours", "reference", "ratio", "ratio_q1", "ratio_q3", "unit", "n", "device", "threads",
+    "torch", "commit",
+)  # fmt: skip
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -59,21 +51,33 @@ class Report:
         self.rows.append(row | {"torch": torch.__version__, "commit": commit})
 
     def finish(self, path: Path) -> None:
-        """Print a table for each benchmark, write the CSV."""
-        for name in dict.fromkeys(row["benchmark"] for row in self.rows):
-            lines = [["setting", "threads", "ours", "reference", "ratio [quartiles]", "unit", "n"]]
-            for row in (row for row in self.rows if row["benchmark"] == name):
-                other = (
-                    ("{reference:.4g}", "{ratio:.2f} [{ratio_q1:.2f}, {ratio_q3:.2f}]") if "ratio" in row else ("", "")
-                )
-                cells = ("{setting}", "{threads}", "{ours:.4g}", *other, "{unit}", "{n}")
-                lines.append([cell.format_map(row) for cell in cells])
-            show(f"{name}: {self.rows[0]['device']}, torch {torch.__version__}", lines)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        """Print a table for each benchmark; write the CSV, and the ratios as Markdown beside it."""
+        names = dict.fromkeys(row["benchmark"] for row in self.rows)
+        for name in names:
+            show(f"{name}: {self.rows[0]['device']}, torch {torch.__version__}", table(self.rows, name))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        atomic_write(path, text.getvalue().encode())
+        atomic_write(path.with_suffix(".md"), ratios(self.rows).encode())
+
+
+def table(rows: Sequence[Mapping[str, Any]], name: str) -> list[list[str]]:
+    """Head and one row a setting of one benchmark."""
+    lines = [["setting", "threads", "ours", "reference", "ratio [quartiles]", "unit", "n"]]
+    for row in (row for row in rows if row["benchmark"] == name):
+        other = ("{reference:.4g}", "{ratio:.2f} [{ratio_q1:.2f}, {ratio_q3:.2f}]") if "ratio" in row else ("", "")
+        cells = ("{setting}", "{threads}", "{ours:.4g}", *other, "{unit}", "{n}")
+        lines.append([cell.format_map(row) for cell in cells])
+    return lines
+
+
+def ratios(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The benchmarks that compare, as Markdown for a README."""
+    compared = dict.fromkeys(row["benchmark"] for row in rows if "ratio" in row and row["unit"] != "share")
+    about = f"{rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit'][:10]}, medians.\n"
+    return "\n".join([about, *(f"**{name}**\n\n{markdown(table(rows, name))}" for name in compared)])
 
 
 def held_bytes() -> int:

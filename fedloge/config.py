@@ -221,6 +221,11 @@ class Config(Section):
     precision: Precision = "auto"
     threads: int = Field(0, ge=0, le=1024, description="CPU threads; 0 takes all cores (a run's bits depend on it)")
 
+    @property
+    def headline(self) -> str:
+        """Where the headline figures are from: the mean over the last evaluated rounds."""
+        return f"last{min(self.evaluate.last, self.rounds)}"
+
     @field_validator("method", mode="before")
     @classmethod
     def _method_by_name(cls, value: Any) -> Any:

@@ -116,8 +116,7 @@ def report(
     rows = [row for result in results.values() for row in shared_report.rows_of(result)]
     rows += study_rows(config_path.stem, next(iter(results.values())), command)
     config = load(config_path, Config)
-    at = f"last{config.evaluate.last}"
-    figures = shared_report.figures_of(rows, at)
+    figures = shared_report.figures_of(rows, config.headline)
     one = next(iter(results.values()))
     sparsity = config.method.sparsity if isinstance(config.method, FedLoGeConfig) else 0.0
     width = build_backbone(config.model.name, len(config.data.mean), config.data.image_size or 32, seed=0).feature_dim

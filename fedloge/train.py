@@ -91,7 +91,7 @@ def finish(run: "Run[Config]", server: "Server", problem: "Problem", config: "Co
     headline = {name: mean([e["figures"][name] for e in evaluations]) for name in final}
     figures = [
         {"at": at, "split": "test", "metric": name, "value": value}
-        for at, values in ((f"last{config.evaluate.last}", headline), ("final", final))
+        for at, values in ((config.headline, headline), ("final", final))
         for name, value in values.items()
     ]
     once = {name: value for name, value in constant.items() if name not in final}
@@ -131,8 +131,7 @@ def mean(values: list[float | None]) -> float | None:
 
 def show(config: "Config", results: dict[str, Any], folder: Path) -> None:
     """Print the headline figures of a finished run."""
-    at = f"last{config.evaluate.last}"
-    values = {row["metric"]: row["value"] for row in results["figures"] if row["at"] == at}
+    values = {row["metric"]: row["value"] for row in results["figures"] if row["at"] == config.headline}
     for kind, names in (("generic", ("accuracy", "many", "medium", "few")), ("personal", ("accuracy", "worst_decile"))):
         found = {name: values[f"{kind}.{name}"] for name in names}
         cells = "  ".join(f"{name} {'-' if v is None else f'{100 * v:.2f}'}" for name, v in found.items())
