@@ -12,7 +12,7 @@ from fedloge.config import Config, DenseEtfConfig, FedAvgGlaConfig, FedLoGeConfi
 from fedloge.creff import Creff
 from fedloge.federated import Client, Server, State
 from fedloge.method import PERSONAL_RULES, local_objective, personal_heads, realign_global, sparse_etf
-from fedloge.model import Head, Network, Shape, head_of
+from fedloge.model import Head, Network, Shape, head_of, some_heads
 
 
 class Frame(nn.Module):
@@ -61,10 +61,10 @@ class FedAvgGla(FedAvg):
         weight, bias = head_of(server.state, "classifier")
         return {"": (realign_global(weight, scale=self.scale), bias), "raw": (weight, bias)}
 
-    def personal_heads(self, server: Server) -> dict[str, Head]:
+    def personal_heads(self, server: Server, clients: slice = slice(None)) -> dict[str, Head]:
         """The configured rule, then every rule by its name, then phi_k alone."""
         weight, bias = head_of(server.state, "classifier")
-        own_weight, own_bias = head_of(server.private, "personal")
+        own_weight, own_bias = some_heads(head_of(server.private, "personal"), clients)
         rules = {rule: personal_heads(rule, weight, bias, own_weight, own_bias) for rule in PERSONAL_RULES}
         return {"": rules[self.rule], **rules, "phi": (own_weight, own_bias)}
 

@@ -21,7 +21,17 @@ from fedloge.config import (
 )  # fmt: skip
 from fedloge.federated import Client, Phase, Server, State
 from fedloge.method import simplex_etf
-from fedloge.model import Head, Network, Shape, average_clients, build_backbone, for_all, head_of, linear_head
+from fedloge.model import (
+    Head,
+    Network,
+    Shape,
+    average_clients,
+    build_backbone,
+    for_all,
+    head_of,
+    linear_head,
+    some_heads,
+)
 from shared.batches import Batches
 from shared.gpu import stream
 
@@ -85,9 +95,9 @@ class FedAvg:
         """The averaged classifier."""
         return {"": head_of(server.state, "classifier")}
 
-    def personal_heads(self, server: Server) -> dict[str, Head]:
+    def personal_heads(self, server: Server, clients: slice = slice(None)) -> dict[str, Head]:
         """The averaged classifier, for every client."""
-        return {"": for_all(head_of(server.state, "classifier"), len(self.shape.counts))}
+        return {"": for_all(head_of(server.state, "classifier"), len(self.shape.counts[clients]))}
 
     def fine_tuning(self) -> Sequence[Phase]:
         """None."""
@@ -175,9 +185,9 @@ class FedPer(FedAvg):
         counts = self.shape.counts
         return {"": (average_clients(weight, counts), None if bias is None else average_clients(bias, counts))}
 
-    def personal_heads(self, server: Server) -> dict[str, Head]:
+    def personal_heads(self, server: Server, clients: slice = slice(None)) -> dict[str, Head]:
         """Each client's own."""
-        return {"": head_of(server.private, "classifier")}
+        return {"": some_heads(head_of(server.private, "classifier"), clients)}
 
 
 class FedRep(FedPer):
@@ -247,9 +257,9 @@ class FedRod(FedAvg):
         personal = logits.detach() + network.logits("personal", features.detach())
         return balanced + functional.cross_entropy(personal, targets)
 
-    def personal_heads(self, server: Server) -> dict[str, Head]:
+    def personal_heads(self, server: Server, clients: slice = slice(None)) -> dict[str, Head]:
         """G + P_k."""
-        weight, bias = head_of(server.private, "personal")
+        weight, bias = some_heads(head_of(server.private, "personal"), clients)
         shared_weight, shared_bias = head_of(server.state, "classifier")
         assert bias is not None
         assert shared_bias is not None

@@ -6,7 +6,7 @@ One pass of the backbone over the test images serves the generic heads and all c
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from shared.errors import CheckpointError, RunError
 from shared.gpu import autocast, setup
 from shared.run import read_results
 
+CLIENTS_AT_ONCE = 16  # whose heads are put together at once; bounds the memory, whatever the number of clients
+
 Figures = dict[str, float | None]
 
 
@@ -42,12 +44,10 @@ def evaluate(server: Server, problem: Problem, config: Config) -> tuple[Figures,
     for variant, head in server.method.generic_heads(server).items():
         add_generic(figures, details, named("generic", variant), features, head, problem)
     if server.method.whole_personal:
-        predictions = {"": whole_predictions(server, problem, config)}
+        add_personal(figures, details, [""], whole_predictions(server, problem, config), problem)
     else:
-        heads = server.method.personal_heads(server)
-        predictions = {name: head_predictions(features, head, problem, config) for name, head in heads.items()}
-    for variant, predicted in predictions.items():
-        add_personal(figures, details, named("personal", variant), predicted, problem)
+        variants = list(server.method.personal_heads(server, slice(1)))
+        add_personal(figures, details, variants, head_predictions(features, server, problem, config), problem)
     return figures, details
 
 
@@ -84,17 +84,24 @@ def add_generic(
     details[f"{name}.per_class"] = [None if math.isnan(v) else round(v, 6) for v in per_class.tolist()]
 
 
-def head_predictions(features: Tensor, head: Head, problem: Problem, config: Config) -> Iterator[Tensor]:
-    """Each client's predictions on its own test images: K small products on features that are there already."""
-    weight, bias = head
-    for client, images in zip(problem.clients, problem.local_tests, strict=True):
-        own_bias = None if bias is None else bias[client.index]
-        logits = torch.nn.functional.linear(features[images], weight[client.index], own_bias)
-        yield masked(logits, client.counts, config).argmax(dim=1)
+def head_predictions(features: Tensor, server: Server, problem: Problem, config: Config) -> Iterator[Tensor]:
+    """Each client's predictions [n_k, V] on its own test images, by the V variants of its head: one small product."""
+    for first in range(0, len(problem.clients), CLIENTS_AT_ONCE):
+        some = slice(first, first + CLIENTS_AT_ONCE)
+        heads = server.method.personal_heads(server, some).values()
+        weights = torch.stack([weight for weight, _ in heads], dim=1)  # [k, V, C, d]
+        zero = weights.new_zeros(())
+        biases = torch.stack(
+            [(zero if b is None else b).expand(weights.shape[0], weights.shape[2]) for _, b in heads], 1
+        )
+        for client, weight, bias in zip(problem.clients[some], weights, biases, strict=True):
+            own = features[problem.local_tests[client.index]]
+            logits = torch.addmm(bias.flatten(), own, weight.flatten(0, 1).T).view(len(own), *bias.shape)
+            yield masked(logits, client.counts, config).argmax(dim=-1)
 
 
 def whole_predictions(server: Server, problem: Problem, config: Config) -> Iterator[Tensor]:
-    """Predictions where a personal model has weights of its own: loaded and fine-tuned client by client."""
+    """Predictions [n_k, 1] where a personal model has weights of its own: loaded and fine-tuned client by client."""
     method, device = server.method, problem.test.labels.device
     unused = torch.Generator()  # test images are not augmented
     for client, images in zip(problem.clients, problem.local_tests, strict=True):
@@ -108,7 +115,7 @@ def whole_predictions(server: Server, problem: Problem, config: Config) -> Itera
         with torch.no_grad(), autocast(device, config.precision):
             logits = [method.personal_logits(server.network, x).float() for x, _ in batches]
         together = torch.cat(logits) if logits else torch.empty(0, len(problem.classes), device=device)
-        yield masked(together, client.counts, config).argmax(dim=1)
+        yield masked(together, client.counts, config).argmax(dim=1, keepdim=True)
 
 
 def masked(logits: Tensor, counts: Tensor, config: Config) -> Tensor:
@@ -117,24 +124,37 @@ def masked(logits: Tensor, counts: Tensor, config: Config) -> Tensor:
 
 
 def add_personal(
-    figures: Figures, details: dict[str, Any], name: str, predictions: Iterator[Tensor], problem: Problem
+    figures: Figures, details: dict[str, Any], variants: list[str], predictions: Iterable[Tensor], problem: Problem
 ) -> None:
-    """Unweighted mean over clients, their spread, the worst tenth, and the mean balanced over each client's classes."""
-    accuracies, balanced = [], []
-    for predicted, images in zip(predictions, problem.local_tests, strict=True):
-        if len(images) == 0:
-            continue
-        labels = problem.test.labels[images]
-        accuracies.append(metrics.accuracy(predicted, labels))
-        per_class = metrics.per_class_accuracy(predicted, labels, len(problem.classes))
-        balanced.append(float(per_class.nanmean()))
-    mean, deviation = metrics.mean_and_std(accuracies)
-    figures[f"{name}.accuracy"] = mean
-    figures[f"{name}.spread"] = deviation if len(accuracies) > 1 else None
-    figures[f"{name}.worst_decile"] = metrics.worst_decile(accuracies)
-    figures[f"{name}.balanced"] = sum(balanced) / len(balanced)
-    details[f"{name}.clients"] = [round(a, 6) for a in accuracies]
-    details["clients_without_test"] = sum(len(images) == 0 for images in problem.local_tests)
+    """Unweighted mean over clients, their spread, the worst tenth, and the mean balanced over each client's classes.
+
+    Args:
+        predictions: for each client [n_k, V], one column a variant.
+    """
+    num_clients, num_classes = problem.shape.counts.shape
+    labels = problem.test.labels[torch.cat(problem.local_tests)]
+    sizes = torch.tensor([len(images) for images in problem.local_tests], device=labels.device)
+    owner = torch.arange(num_clients, device=labels.device).repeat_interleave(sizes)
+    right = (torch.cat(list(predictions)) == labels[:, None]).double()
+    accuracy = group_means(right, owner, num_clients)
+    by_class = group_means(right, owner * num_classes + labels, num_clients * num_classes)
+    balanced = by_class.view(num_clients, num_classes, -1).nanmean(dim=1)
+    for column, variant in enumerate(variants):
+        name = named("personal", variant)
+        values: list[float] = accuracy[sizes > 0, column].tolist()
+        mean, deviation = metrics.mean_and_std(values)
+        figures[f"{name}.accuracy"] = mean
+        figures[f"{name}.spread"] = deviation if len(values) > 1 else None
+        figures[f"{name}.worst_decile"] = metrics.worst_decile(values)
+        figures[f"{name}.balanced"] = float(balanced[sizes > 0, column].mean())
+        details[f"{name}.clients"] = [round(value, 6) for value in values]
+    details["clients_without_test"] = int((sizes == 0).sum())
+
+
+def group_means(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Means of the rows [M, V] of each group [M]: [G, V]; NaN for an empty group."""
+    sums = values.new_zeros(num_groups, values.shape[1]).index_add_(0, group, values)
+    return sums / torch.bincount(group, minlength=num_groups)[:, None]
 
 
 def geometry(server: Server, problem: Problem, config: Config) -> tuple[Figures, dict[str, Any]]:

@@ -73,8 +73,8 @@ class Method(Protocol):
     def generic_heads(self, server: "Server") -> dict[str, Head]:
         """The generic model's linear head, by name of the variant; the headline is called ""."""
 
-    def personal_heads(self, server: "Server") -> dict[str, Head]:
-        """The clients' heads on the global features, [K, C, d], by name; none if `whole_personal`."""
+    def personal_heads(self, server: "Server", clients: slice = slice(None)) -> dict[str, Head]:
+        """Some clients' heads on the global features, [k, C, d], by name; not asked for if `whole_personal`."""
 
     @property
     def realigns(self) -> bool:

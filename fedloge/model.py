@@ -122,6 +122,12 @@ def for_all(head: Head, num_clients: int) -> Head:
     return weight.expand(num_clients, -1, -1), None if bias is None else bias.expand(num_clients, -1)
 
 
+def some_heads(head: Head, clients: slice) -> Head:
+    """The heads of some clients: [K, C, d] -> [k, C, d], without copying."""
+    weight, bias = head
+    return weight[clients], None if bias is None else bias[clients]
+
+
 def average_clients(values: Tensor, counts: Tensor) -> Tensor:
     """Mean over clients [K, ...] -> [...], weighted by their training images; integers: the largest."""
     if not values.is_floating_point():

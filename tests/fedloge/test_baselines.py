@@ -235,8 +235,8 @@ def test_classifier_is_private_and_the_generic_one_the_mean_by_size(lab, name):
     assert set(server.private) == {"classifier.weight", "classifier.bias"}
     assert all(entry.startswith("backbone.") for entry in server.state)
     weight, bias = server.method.personal_heads(server)[""]
-    assert weight is server.private["classifier.weight"]
-    assert bias is server.private["classifier.bias"]
+    assert torch.equal(weight, server.private["classifier.weight"])
+    assert torch.equal(bias, server.private["classifier.bias"])
     sizes = [client.size for client in problem.clients]
     mean = sum(n * weight[k] for k, n in enumerate(sizes)) / sum(sizes)
     torch.testing.assert_close(server.method.generic_heads(server)[""][0], mean)

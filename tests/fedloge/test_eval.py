@@ -93,7 +93,7 @@ def test_evaluating_changes_no_bit_and_no_later_round(lab, any_method):
 
 def personal(problem, predictions):
     figures, details = {}, {}
-    add_personal(figures, details, "personal", iter(predictions), problem)
+    add_personal(figures, details, [""], [predicted[:, None] for predicted in predictions], problem)
     return figures, details
 
 
@@ -152,7 +152,7 @@ def test_heads_of_all_clients_on_shared_features_predict_as_one_network_a_client
     config, problem = lab.configure("fedper"), lab.problem(tests_of_class=20)
     server = lab.play(config, problem)
     features = global_features(server, problem, config)
-    together = list(head_predictions(features, server.method.personal_heads(server)[""], problem, config))
+    together = [predicted[:, 0] for predicted in head_predictions(features, server, problem, config)]
     for client, local, predicted in zip(problem.clients, problem.local_tests, together, strict=True):
         load_client(server, client.index)
         images, _ = problem.test.batch(local, torch.Generator())
@@ -192,8 +192,9 @@ def predicted_classes(lab, monkeypatch, server, problem, config):
     """For each variant and client the set of predicted classes."""
     seen = {}
 
-    def spy(figures, details, name, predictions, problem):
-        seen[name] = [set(predicted.tolist()) for predicted in predictions]
+    def spy(figures, details, variants, predictions, problem):
+        columns = [predicted.T.tolist() for predicted in predictions]
+        seen.update({name: [set(client[v]) for client in columns] for v, name in enumerate(variants)})
 
     monkeypatch.setattr(evaluation, "add_personal", spy)
     evaluate(server, problem, config)
@@ -223,10 +224,9 @@ def test_mask_holds_for_features_of_zero_and_leaves_the_generic_model_alone(lab)
     problem = lab.problem(((0, 9, 2), (4, 4, 4)))
     config = lab.configure("{name: fedloge, etf_steps: 20}", "evaluate.class_mask=true", "clients.count=2")
     features = torch.zeros(len(problem.test), 64)
-    head = torch.randn(2, 3, 64), None
-    first, _ = head_predictions(features, head, problem, config)
-    assert (first == 1).all(), "of equal logits the first that is allowed"
     server = lab.server(config, problem)
+    first, _ = head_predictions(features, server, problem, config)
+    assert (first == 1).all(), "of equal logits the first that is allowed"
     unmasked = lab.configure("{name: fedloge, etf_steps: 20}", "clients.count=2")
     generic = [
         {k: v for k, v in evaluate(server, problem, c)[0].items() if k.startswith("generic")}
