@@ -161,11 +161,7 @@ class FedBn(FedAvg):
 
     def generic_state(self, server: Server) -> State:
         """The batch norms, averaged by client size."""
-        return {entry: self.average(value) for entry, value in server.private.items()}
-
-    def average(self, values: Tensor) -> Tensor:
-        """Mean over clients [K, ...] -> [...], weighted by client size; counters: the largest."""
-        return average_clients(values, self.shape.counts)
+        return {entry: average_clients(value, self.shape.counts) for entry, value in server.private.items()}
 
 
 class FedPer(FedAvg):

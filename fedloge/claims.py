@@ -58,13 +58,13 @@ COMPARISONS: tuple[Comparison, ...] = (
         "abstract",
         "fedloge/personal.accuracy",
         tuple(f"{name}/personal.accuracy" for name in PERSONAL_BASELINES),
+        headline=True,
     ),
     Comparison(
         "The personal models (rule of the authors' code) are better than the best personal baseline",
         "abstract; evaluation script",
         "fedloge/personal_code.accuracy",
         tuple(f"{name}/personal.accuracy" for name in PERSONAL_BASELINES),
-        headline=True,
     ),
     Comparison(
         "The sparse frame gives a better generic model than the dense frame",
@@ -90,6 +90,7 @@ COMPARISONS: tuple[Comparison, ...] = (
         "our control",
         "fedloge/generic.accuracy",
         "fedavg_gla/generic.accuracy",
+        headline=True,
     ),
     Comparison(
         "The length of psi's rows follows the class frequency (rank correlation above 0)",
