@@ -249,7 +249,7 @@ class FedRod(FedAvg):
         """Balanced softmax for the generic part, cross-entropy for the private head."""
         features = network.features(images)
         logits = network.logits("classifier", features)
-        balanced = functional.cross_entropy(logits + log_prior(client), targets)
+        balanced = functional.cross_entropy(logits + client.log_prior, targets)
         personal = logits.detach() + network.logits("personal", features.detach())
         return balanced + functional.cross_entropy(personal, targets)
 
@@ -312,7 +312,7 @@ class FedEtf(FedAvg):
 
     def loss(self, network: Network, images: Tensor, targets: Tensor, client: Client, received: State) -> Tensor:
         """Balanced softmax on the frame's logits."""
-        return functional.cross_entropy(self.personal_logits(network, images) + log_prior(client), targets)
+        return functional.cross_entropy(self.personal_logits(network, images) + client.log_prior, targets)
 
     def fine_tuning(self) -> Sequence[Phase]:
         """The projection and the client's copy of V, in turn."""
@@ -339,11 +339,6 @@ class FedEtf(FedAvg):
         projected = network.logits("projection", network.features(images))
         scale = next(network["temperature"].parameters()).exp()
         return scale * network.logits("classifier", functional.normalize(projected, dim=1))
-
-
-def log_prior(client: Client) -> Tensor:
-    """log(n_{k,c} / n_k) [C]; minus infinity for a class that the client does not have."""
-    return (client.counts / client.counts.sum()).log()
 
 
 def squared_distance(network: Network, received: State, prefix: str) -> Tensor:

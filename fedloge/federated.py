@@ -31,6 +31,11 @@ class Client:
         """Number of training images."""
         return len(self.images)
 
+    @property
+    def log_prior(self) -> Tensor:
+        """log(n_{k,c} / n_k) [C]; minus infinity for a class that the client does not have."""
+        return (self.counts / self.counts.sum()).log()
+
 
 Loss = Callable[[Network, Tensor, Tensor, Client, State], Tensor]
 
