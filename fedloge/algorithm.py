@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedloge import baselines
-from fedloge.baselines import FedAvg
+from fedloge.baselines import FedAvg, PrivateHead
 from fedloge.config import Config, DenseEtfConfig, FedAvgGlaConfig, FedLoGeConfig
 from fedloge.creff import Creff
 from fedloge.federated import Client, Server, State
@@ -25,10 +25,10 @@ class Frame(nn.Module):
         self.register_buffer("weight", weight)
 
 
-class FedAvgGla(FedAvg):
+class FedAvgGla(PrivateHead):
     """Control: FedAvg's training, a private head on detached features beside it, GLA-FR after it.
 
-    What it lacks of FedLoGe is the frame alone.
+    `classifier` is psi and `personal` is phi_k. What it lacks of FedLoGe is the frame alone.
     """
 
     realigns = True
@@ -39,16 +39,6 @@ class FedAvgGla(FedAvg):
         assert isinstance(settings, FedAvgGlaConfig | FedLoGeConfig | DenseEtfConfig)
         self.heads_bias, self.rule = settings.heads_bias, settings.personal_rule
         self.scale = 1.0 if isinstance(settings, FedAvgGlaConfig) else settings.scale
-
-    def network(self) -> Network:
-        """Parts `backbone`, `classifier` (psi) and `personal` (phi_k)."""
-        network = super().network()
-        network["personal"] = self.head("personal", network.feature_dim)
-        return network
-
-    def is_private(self, entry: str) -> bool:
-        """phi_k never leaves its client."""
-        return entry.startswith("personal.")
 
     def loss(self, network: Network, images: Tensor, targets: Tensor, client: Client, received: State) -> Tensor:
         """FedAvg's loss, and the private head's on detached features."""

@@ -1,7 +1,7 @@
 """What the paper compares with. `FedAvg` is the plainest method and the interface; each other says what it changes.
 
-All share the backbone, the data order, the draws and the optimiser of `federated.py`; the sources are the methods' own
-papers. A generic or personal model that a method does not define is reported all the same, as its docstring says.
+All share the backbone, the data order, the draws and the optimiser. A generic or personal model that a method does not
+define is reported all the same, as its docstring says.
 """
 
 from collections.abc import Sequence
@@ -140,8 +140,8 @@ class FedProx(FedAvg):
 class FedBn(FedAvg):
     """Li et al. 2021: batch norm (affine and statistics) stays at the clients; the rest is averaged.
 
-    Personal model: the averaged weights with the client's own batch norm. The method has no generic model: the one
-    reported has the clients' batch norms averaged by size.
+    Personal model: the averaged weights with the client's own batch norm. The method has no generic model: reported is
+    the one with the clients' batch norms averaged by size.
     """
 
     whole_personal = True
@@ -228,22 +228,26 @@ class Ditto(FedAvg):
         return network.logits("own_classifier", network.features(images, "own_backbone"))
 
 
-class FedRod(FedAvg):
-    """Chen and Chao 2022: a generic head trained by balanced softmax, and a private head on top of its logits.
-
-    CE(G(h) + log(n_{k,c} / n_k)) trains backbone and G; CE(sg(G(h)) + P_k(sg(h))) trains P_k. A class that the client
-    does not have gets a prior of zero, so it takes no part. Personal model: G + P_k.
-    """
+class PrivateHead(FedAvg):
+    """What the methods have in common that keep a private linear head beside the averaged one: the part `personal`."""
 
     def network(self) -> Network:
-        """FedAvg's parts and `personal`, P_k."""
+        """FedAvg's parts and `personal`."""
         network = super().network()
         network["personal"] = self.head("personal", network.feature_dim)
         return network
 
     def is_private(self, entry: str) -> bool:
-        """P_k."""
+        """The private head never leaves its client."""
         return entry.startswith("personal.")
+
+
+class FedRod(PrivateHead):
+    """Chen and Chao 2022: a generic head trained by balanced softmax, and a private head on top of its logits.
+
+    CE(G(h) + log(n_{k,c} / n_k)) trains backbone and G; CE(sg(G(h)) + P_k(sg(h))) trains P_k. A class that the client
+    does not have gets a prior of zero, so it takes no part. Personal model: G + P_k.
+    """
 
     def loss(self, network: Network, images: Tensor, targets: Tensor, client: Client, received: State) -> Tensor:
         """Balanced softmax for the generic part, cross-entropy for the private head."""
@@ -286,8 +290,7 @@ class FedEtf(FedAvg):
     """Li et al. 2023 (ICCV): a dense frame V as classifier, a learnable projection, a learnable temperature s.
 
     u = P h / ||P h||; training by CE(s V u + log n_{k,c}). V is fixed; backbone, P and log s (so s > 0) are averaged.
-    Personal model: fine-tuning by plain cross-entropy (the client's prior is wanted there), an epoch of the projection
-    and an epoch of a copy of V in turn.
+    Personal model: P and a copy of V are fine-tuned, epochs in turn, by cross-entropy without the prior.
     """
 
     heads_bias = False
