@@ -10,15 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedloge.config import (
-    Config,
-    DittoConfig,
-    FedAvgFtConfig,
-    FedBabuConfig,
-    FedEtfConfig,
-    FedProxConfig,
-    FedRepConfig,
-)  # fmt: skip
+from fedloge.config import Config, DittoConfig, FedAvgFtConfig, FedBabuConfig, FedEtfConfig, FedProxConfig, FedRepConfig
 from fedloge.federated import Client, Phase, Server, State
 from fedloge.method import simplex_etf
 from fedloge.model import (
@@ -33,6 +25,7 @@ from fedloge.model import (
     some_heads,
 )
 from shared.batches import Batches
+from shared.errors import ConfigError
 from shared.gpu import stream
 
 
@@ -133,15 +126,15 @@ class FedProx(FedAvg):
         """Cross-entropy and the proximal term."""
         settings = self.config.method
         assert isinstance(settings, FedProxConfig)
-        distance = squared_distance(network, received, "")
-        return super().loss(network, images, targets, client, received) + settings.mu / 2 * distance
+        proximal = settings.mu / 2 * squared_distance(network, received, "")
+        return super().loss(network, images, targets, client, received) + proximal
 
 
 class FedBn(FedAvg):
     """Li et al. 2021: batch norm (affine and statistics) stays at the clients; the rest is averaged.
 
-    Personal model: the averaged weights with the client's own batch norm. The method has no generic model: reported is
-    the one with the clients' batch norms averaged by size.
+    Personal model: the averaged weights with the client's own batch norm. The generic model is not the method's own: it
+    has the clients' batch norms averaged by size.
     """
 
     whole_personal = True
@@ -149,10 +142,10 @@ class FedBn(FedAvg):
     def network(self) -> Network:
         """As FedAvg; remembers which entries belong to a batch norm."""
         network = super().network()
-        norms = [
-            name for name, module in network.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        ]
-        self.norm_entries = tuple(f"{name}." for name in norms)
+        norm = nn.modules.batchnorm._BatchNorm
+        self.norm_entries = tuple(f"{name}." for name, part in network.named_modules() if isinstance(part, norm))
+        if not self.norm_entries:
+            raise ConfigError(f"method fedbn: {self.config.model.name} has no batch norm; take convnet or a ResNet")
         return network
 
     def is_private(self, entry: str) -> bool:
@@ -167,8 +160,8 @@ class FedBn(FedAvg):
 class FedPer(FedAvg):
     """Arivazhagan et al. 2019: the classifier is private, trained together with the backbone, and never sent.
 
-    Personal model: the averaged backbone with the client's classifier. The method has no generic model: the one
-    reported has the mean of the private classifiers, weighted by client size.
+    Personal model: the averaged backbone with the client's classifier. The generic model is not the method's own: it
+    has the mean of the private classifiers, weighted by client size.
     """
 
     def is_private(self, entry: str) -> bool:
@@ -200,8 +193,8 @@ class FedRep(FedPer):
 class Ditto(FedAvg):
     """Li et al. 2021: beside FedAvg, each client keeps a whole model of its own, pulled towards the received one.
 
-    min over v_k of CE(v_k) + (lambda / 2) ||v_k - w^t||^2. Both models see the same batches; their parameters are
-    disjoint, so one backward and one step train both. Memory: K models, which is the method's own need.
+    min over v_k of CE(v_k) + (lambda / 2) ||v_k - w^t||^2. Both see the same batches, and one step trains both: their
+    parameters are disjoint. Memory: K models, which is the method's own need.
     """
 
     whole_personal = True

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedloge.algorithm import build_method
 from fedloge.config import Config, DenseEtfConfig, FedLoGeConfig
-from fedloge.federated import Server, live_state, load_client, start, train_client
+from fedloge.federated import Server, live_state, load_client, message, start, train_client
 from fedloge.method import class_mask, etf_geometry, realign_global, realign_local
 from fedloge.model import Head, average_clients
 from fedloge.problem import Problem, load_problem
@@ -25,7 +25,7 @@ from shared.checkpoint import load_model
 from shared.cli import check_shared, run_main
 from shared.config import load
 from shared.errors import CheckpointError, RunError
-from shared.gpu import autocast, setup
+from shared.gpu import autocast, setup, stream
 from shared.run import read_results
 
 CLIENTS_AT_ONCE = 16  # whose heads are put together at once; bounds the memory, whatever the number of clients
@@ -161,11 +161,7 @@ def geometry(server: Server, problem: Problem, config: Config) -> tuple[Figures,
     """Figures that need no test image: the frame's angles and zeros, the heads' lengths, what a client sends."""
     figures: Figures = {}
     details: dict[str, Any] = {}
-    sent = {e: t for e, t in server.state.items() if not server.method.is_fixed(e) and t.is_floating_point()}
-    backbone = sum(tensor.numel() for entry, tensor in sent.items() if entry.startswith("backbone."))
-    values = sum(tensor.numel() for tensor in sent.values())
-    figures |= {"sent.values": float(values), "sent.beyond_backbone": float(values - backbone)}
-    figures["sent.private"] = float(sum(entry in server.private for entry in sent))
+    figures |= sent_figures(server, problem, config)
     if "etf.weight" in server.state:
         found = etf_geometry(server.state["etf.weight"].cpu())
         figures["etf.zero_share"] = found.zeros / server.state["etf.weight"].numel()
@@ -189,6 +185,22 @@ def geometry(server: Server, problem: Problem, config: Config) -> tuple[Figures,
         details["psi.lengths"] = [round(v, 5) for v in shared_lengths.tolist()]
         details["phi.lengths"] = [round(v, 5) for v in average_clients(own, problem.shape.counts.cpu()).tolist()]
     return figures, details
+
+
+def sent_figures(server: Server, problem: Problem, config: Config) -> Figures:
+    """What the first client would send now: float values, those beyond the backbone, entries that are private."""
+    client, draws = problem.clients[0], stream(config.seed, "message", device=problem.test.labels.device)
+    load_client(server, client.index)
+    extra = server.method.extra_message(server.network, problem.train, client, draws)
+    values = {entry: tensor.numel() for entry, tensor in message(server).items() if tensor.is_floating_point()}
+    backbone = sum(count for entry, count in values.items() if entry.startswith("backbone."))
+    total = sum(values.values()) + sum(tensor.numel() for tensor in extra.values())
+    private = sum(entry in server.private for entry in (*values, *extra))
+    return {
+        "sent.values": float(total),
+        "sent.beyond_backbone": float(total - backbone),
+        "sent.private": float(private),
+    }
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
@@ -270,6 +282,7 @@ def run_eval(arguments: Sequence[str]) -> int:
     figures = evaluate(server, problem, config)[0] | geometry(server, problem, config)[0]
     stated = {row["metric"]: row["value"] for row in results["figures"] if row["at"] in ("final", "once")}
     wrong = compare(stated, figures)
+    print(f"the models of the last round ({server.round}); accuracies are shares in [0, 1]")
     for name, value in figures.items():
         print(f"{name:32} {'-' if value is None else f'{value:.4f}'}")
     print("\n".join(wrong) if wrong else f"all {len(stated)} figures of the last round are those of results.json")

@@ -253,11 +253,17 @@ def add_client(server: Server, client: Client, share: float, extra: State) -> No
         for entry, tensor in live_state(server.network).items():
             if entry in server.private:
                 server.private[entry][client.index].copy_(tensor)
-            elif not server.method.is_fixed(entry):
-                accumulate(server.total, entry, tensor, share)
+        for entry, tensor in message(server).items():
+            accumulate(server.total, entry, tensor, share)
     for entry, tensor in extra.items():
         server.extra[entry] = server.extra[entry] + tensor if entry in server.extra else tensor.clone()
     server.position += 1
+
+
+def message(server: Server) -> State:
+    """What the client in the resident network sends of its state: nothing private, nothing fixed."""
+    entries = live_state(server.network).items()
+    return {e: tensor for e, tensor in entries if not (server.method.is_private(e) or server.method.is_fixed(e))}
 
 
 def accumulate(total: State, entry: str, tensor: Tensor, share: float) -> None:
@@ -278,8 +284,3 @@ def finish_round(server: Server) -> None:
     server.total, server.extra, server.position = {}, {}, 0
     server.method.server_step(server, message)
     server.round += 1
-
-
-def sent_entries(server: Server) -> list[str]:
-    """The entries that a client sends each round: nothing private, nothing fixed."""
-    return [entry for entry in server.state if not server.method.is_fixed(entry)]

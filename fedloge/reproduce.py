@@ -13,7 +13,6 @@ from shared.cli import REPOSITORY, check_shared, find_config, run_main
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedloge.config import Config
     from shared.report import Row
     from shared.study import Job
 
@@ -48,26 +47,15 @@ def jobs_of(config_path: Path, methods: Sequence[str], seeds: int, out: Path) ->
     from shared.run import folder_name
     from shared.study import Job
 
-    config = load(config_path, Config)
+    own = load(config_path, Config).method.name
     jobs = []
     for seed in range(seeds):
         for method in methods:
-            overrides = [f"seed={seed}", *method_override(config, method)]
+            overrides = [f"seed={seed}", *([f"method={method}"] if method != own else [])]
             folder = out / "fedloge" / folder_name(config_path.stem, method, seed, overrides)
             arguments = ("--config", shown(config_path), "--out", str(out), *overrides)
             jobs.append(Job(method, seed, folder, arguments))
     return jobs
-
-
-def method_override(config: "Config", method: str) -> list[str]:
-    """The override that chooses a method; the dense control takes the row length of the configuration's own method."""
-    from fedloge.config import FedLoGeConfig
-
-    if method == config.method.name:
-        return []
-    if method == "dense_etf" and isinstance(config.method, FedLoGeConfig):
-        return [f"method={{name: dense_etf, norm: {config.method.norm}}}"]
-    return [f"method={method}"]
 
 
 def shown(path: Path) -> str:
@@ -162,18 +150,28 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     scale, why = choose_scale(asked.scale)
     print(why, flush=True)
     plan = PLANS[scale]
+    if asked.config:  # a configuration keeps the plan of the scale that it belongs to
+        stem = find_config(asked.config, "fedloge").stem
+        plan = next((p for p in PLANS.values() if stem in p.configs), Plan((stem,), 3, statistics=True))
     if strangers := [name for name in asked.methods or () if name not in METHODS]:
         raise ConfigError(f"--methods {strangers[0]}: unknown; choose from {', '.join(METHODS)}")
     if asked.seeds is not None and asked.seeds < 1:
         raise ConfigError(f"--seeds {asked.seeds}: at least one seed is needed")
     methods = asked.methods or [name for name in METHODS if name not in plan.left_out]
+    partial = bool(asked.methods or asked.seeds)
+    if partial and asked.publish:
+        raise ConfigError(
+            "--publish: a study of some methods or seeds is not published; leave --methods and --seeds out"
+        )
     failed = 0
     for name in [asked.config] if asked.config else plan.configs:
         started = time.monotonic()
         path = find_config(name, "fedloge")
         jobs = jobs_of(path, methods, asked.seeds or plan.seeds, asked.out)
+        there = sum((job.folder / "results.json").exists() for job in jobs)
+        print(f"{path.stem}: {len(jobs)} runs, {len(methods)} methods; {there} were finished before", flush=True)
         failed += sum(outcome.code != 0 for outcome in run_jobs("fedloge.train", jobs, asked.workers).values())
-        folder = asked.out / "fedloge" / f"report-{path.stem}"
+        folder = asked.out / "fedloge" / f"report-{path.stem}{'-partial' if partial else ''}"
         report(path, methods, jobs, plan.statistics, folder, command_line("fedloge.reproduce", arguments))
         print(f"{time.monotonic() - started:.0f} s for {path.stem}")
         if asked.publish:

@@ -30,6 +30,7 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
     server = federated.start(method, config.clients.count, device)
     if saved := run.restore(previous):
         server.restore(saved)
+        print(f"continuing in round {server.round + 1} of {config.rounds}", flush=True)
     else:
         run.log("start", **problem.facts())
 
@@ -143,11 +144,12 @@ def show(config: "Config", results: dict[str, Any], folder: Path) -> None:
 def dry_run(config: "Config") -> None:
     """Print what would run, with its size; train nothing."""
     from fedloge.algorithm import build_method
-    from fedloge.federated import sent_entries, start
+    from fedloge.federated import message, start
     from fedloge.problem import load_problem
     from shared.config import dump
     from shared.gpu import describe, setup
 
+    print(dump(config), end="", flush=True)
     device = setup(config.device, config.threads)
     problem = load_problem(config, device)
     server = start(build_method(config, problem.shape), config.clients.count, device)
@@ -157,8 +159,7 @@ def dry_run(config: "Config") -> None:
     steps = config.rounds * config.local_epochs * sum(-(-n // config.batch_size) for n in sizes) * clients // len(sizes)
     model_bytes = sum(t.numel() * t.element_size() for t in server.state.values())
     private_bytes = sum(t.numel() * t.element_size() for t in server.private.values())
-    sent = sum(server.state[entry].numel() for entry in sent_entries(server))
-    print(dump(config), end="")
+    sent = sum(tensor.numel() for tensor in message(server).values())
     print(f"# device           {describe(device)}")
     print(f"# data             {sum(sizes)} images, {min(sizes)} to {max(sizes)} a client; {len(problem.test)} to test")
     print(f"# parameters       {count:,} ({sent:,} values sent by a client in a round)")
@@ -188,7 +189,10 @@ def run_train(arguments: Sequence[str]) -> int:
     name = folder_name(path.stem, config.method.name, config.seed, asked.overrides)
     folder = asked.resume or asked.out / "fedloge" / name
     with Run(folder, config, command_line("fedloge.train", arguments)) as run:
-        results = run.results or train(config, run, asked.previous)
+        if results := run.results:
+            print("already finished; nothing was trained")
+        else:
+            results = train(config, run, asked.previous)
     show(config, results, folder)
     return 0
 

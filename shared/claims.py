@@ -94,7 +94,7 @@ def _judge_fact(claim: Fact, figures: Figures) -> Judgement:
     above = all(value >= claim.value - claim.tolerance for value in values)
     holds = {"==": below and above, "<=": below, ">=": above}[claim.relation]
     low, high = min(values), max(values)
-    ours = number(low) if math.isclose(low, high, rel_tol=1e-6) else f"{number(low)} to {number(high)}"
+    ours = " to ".join(dict.fromkeys((number(low), number(high))))
     return Judgement(claim, ours, len(values), "reproduced" if holds else "not reproduced")
 
 

@@ -26,6 +26,7 @@ def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | No
         print(f"continue with: python -m {package}.train --resume {shlex.quote(str(stop.folder))}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -116,7 +116,7 @@ def parse(text: str, model: type[Model], overrides: Sequence[str] = (), source: 
     """As `load`, from text; `source` names it in errors."""
     data, where = _read(text, source)
     for override in overrides:
-        _override(data, where, override)
+        _override(data, where, override, model)
     field, paper = model.model_fields.get("paper"), data.get("paper")
     if field is not None and paper is not None and paper not in (ours := get_args(field.annotation)):
         place = f"{where[('paper',)]}: paper"
@@ -170,7 +170,7 @@ def _read(text: str, source: str) -> tuple[dict[str, Any], dict[Location, str]]:
     return data, {**where, (): source}
 
 
-def _override(data: dict[str, Any], where: dict[Location, str], override: str) -> None:
+def _override(data: dict[str, Any], where: dict[Location, str], override: str, model: type[Section]) -> None:
     place = f"{_one_line(override)} (command line)"
     key, equals, text = override.partition("=")
     parts = tuple(key.strip().split("."))
@@ -185,7 +185,14 @@ def _override(data: dict[str, Any], where: dict[Location, str], override: str) -
             data[part] = section = {"name": section} if isinstance(section, str) else {}
             where[parts[:depth]] = place
         data = section
-    data[parts[-1]] = holder["value"]
+    old, value = data.get(parts[-1]), holder["value"]
+    if len(parts) == 1 and isinstance(old, dict) and isinstance(value, str) and parts[0] in model.model_fields:
+        # Another kind by its name alone: what the file says of keys that both kinds have stays.
+        kinds = [m for m in _models(model.model_fields[parts[0]].annotation) if value in _names(m)]
+        data[parts[0]] = {k: v for k, v in old.items() if any(k in m.model_fields for m in kinds)} | {"name": value}
+        where[(*parts, "name")] = where[parts] = place
+        return
+    data[parts[-1]] = value
     for loc in [loc for loc in where if loc[: len(parts)] == parts]:
         del where[loc]
     where.update({(*parts, *loc[1:]): place for loc in lines if loc})
@@ -229,6 +236,11 @@ def _models(annotation: Any) -> list[type[Section]]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     return [found for arg in get_args(annotation) for found in _models(arg)]
+
+
+def _names(model: type[Section]) -> tuple[Any, ...]:
+    """The names by which a configuration chooses this kind of section."""
+    return get_args(model.model_fields["name"].annotation) if "name" in model.model_fields else ()
 
 
 def _place(found: Any) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -115,4 +116,4 @@ def show(title: str, table: Sequence[Sequence[str]]) -> None:
     drawn = Table(*table[0], title=title, title_justify="left", header_style="bold")
     for row in table[1:]:
         drawn.add_row(*(Text(cell, style=colours.get(cell, "")) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 160).print(drawn)
+    Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160).print(drawn)

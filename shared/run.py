@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -180,7 +181,8 @@ class Run(Generic[C]):
 
 def folder_name(config_name: str, method: str, seed: int, overrides: Iterable[str]) -> str:
     """`<config>-<method>-s<seed>`, and a short digest where other overrides make it a different run."""
-    others = sorted(o for o in overrides if not o.startswith(("seed=", "method=", "method.name=", "device=")))
+    named = re.compile(r"(seed|method|method\.name|device)=[\w:]*")  # what the name says already, or never matters
+    others = sorted(override for override in overrides if not named.fullmatch(override))
     digest = "-" + hashlib.sha256("\n".join(others).encode()).hexdigest()[:6] if others else ""
     return f"{config_name}-{method}-s{seed}{digest}"
 

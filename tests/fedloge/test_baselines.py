@@ -11,6 +11,7 @@ from fedloge.eval import evaluate, global_features
 from fedloge.federated import live_state, load_client, train_client
 from fedloge.method import simplex_etf
 from fedloge.model import Network
+from shared.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:at sparsity")
 
@@ -188,8 +189,8 @@ def test_fedbn_keeps_exactly_the_batch_norms_at_the_clients(lab):
     norms = {f"backbone.layers.{n}.{e}" for n in (1, 4, 7)
              for e in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}  # fmt: skip
     assert set(server.private) == norms
-    mlp = lab.server(lab.configure("fedbn", "model.name=mlp"), lab.problem())
-    assert mlp.private == {}
+    with pytest.raises(ConfigError, match="mlp has no batch norm"):
+        lab.server(lab.configure("fedbn", "model.name=mlp"), lab.problem())
 
 
 def test_fedbn_averages_the_rest_and_leaves_each_client_its_own_norms(lab):

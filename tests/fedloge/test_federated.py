@@ -16,7 +16,7 @@ from fedloge.federated import (
     finish_round,
     live_state,
     load_client,
-    sent_entries,
+    message,
     set_trained,
     train_client,
 )
@@ -389,7 +389,7 @@ def test_a_client_sends_theta_and_psi_and_nothing_of_phi(lab):
     server = lab.server(config, problem)
     parts = dict(server.network.items())
     wanted = {f"{part}.{entry}" for part in ("backbone", "classifier") for entry in parts[part].state_dict()}
-    assert set(sent_entries(server)) == wanted
+    assert set(message(server)) == wanted
     lab.train_one(server, problem, config, 0)
     add_client(server, problem.clients[0], 0.5, {})
     assert set(server.total) == wanted
@@ -398,7 +398,7 @@ def test_a_client_sends_theta_and_psi_and_nothing_of_phi(lab):
 
 def test_no_method_sends_a_private_or_a_fixed_entry(lab, any_method):
     server = lab.server(lab.configure(any_method), lab.problem())
-    sent = set(sent_entries(server))
+    sent = set(message(server))
     assert not sent & set(server.private)
     assert not any(server.method.is_fixed(entry) or server.method.is_private(entry) for entry in sent)
     fixed = {entry for entry in server.state if server.method.is_fixed(entry)}

@@ -43,7 +43,7 @@ def test_an_interrupted_run_has_the_shells_exit_code_and_a_command_that_a_shell_
 
 def test_ctrl_c_before_a_run_is_130_without_a_traceback(capsys):
     assert run_main(raising(KeyboardInterrupt()), []) == 130
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "stopped; the same command continues\n"
 
 
 def test_an_error_of_ours_keeps_its_traceback():

@@ -314,7 +314,7 @@ def test_the_same_command_reports_a_finished_run_and_changes_nothing(tmp_path, t
     assert main(tiny_arguments(tmp_path, "fedavg")) == 0
     first, before = capsys.readouterr().out, snapshot(tmp_path)
     assert main(tiny_arguments(tmp_path, "fedavg")) == 0
-    assert capsys.readouterr().out == first
+    assert capsys.readouterr().out == f"already finished; nothing was trained\n{first}"
     assert snapshot(tmp_path) == before
 
 
