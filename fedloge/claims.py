@@ -4,6 +4,8 @@ The paper's tables could not be read when this was written, so no accuracy of th
 column `paper` are from logs that the authors published, and say so.
 """
 
+from dataclasses import replace
+
 from shared.claims import Claim, Comparison, Fact
 
 PERSONAL_BASELINES = ("fedavg_ft", "fedper", "fedrep", "ditto", "fedrod", "fedbabu", "fedetf")
@@ -165,6 +167,14 @@ def facts(num_classes: int, feature_dim: int, sparsity: float) -> tuple[Fact, ..
     )  # fmt: skip
 
 
-def all_claims(num_classes: int, feature_dim: int, sparsity: float) -> tuple[Claim, ...]:
-    """Every claim, those that need statistics first."""
-    return (*COMPARISONS, *facts(num_classes, feature_dim, sparsity))
+def all_claims(num_classes: int, feature_dim: int, sparsity: float, fedbn: bool = False) -> tuple[Claim, ...]:
+    """Every claim, those that need statistics first; where FedBN is run, it is one of the personal baselines."""
+    comparisons = COMPARISONS
+    if fedbn:
+        comparisons = tuple(
+            replace(claim, right=(*claim.right, "fedbn/personal.accuracy"))
+            if isinstance(claim.right, tuple) and claim.left.startswith("fedloge/personal")
+            else claim
+            for claim in COMPARISONS
+        )
+    return (*comparisons, *facts(num_classes, feature_dim, sparsity))

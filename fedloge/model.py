@@ -41,6 +41,7 @@ class Backbone(nn.Module):
         self.feature_dim = feature_dim
 
     def forward(self, images: Tensor) -> Tensor:
+        """Features [B, feature_dim] of images [B, channels, H, W]."""
         return cast(Tensor, self.layers(images))
 
 

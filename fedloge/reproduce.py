@@ -109,7 +109,8 @@ def report(
     sparsity = config.method.sparsity if isinstance(config.method, FedLoGeConfig) else 0.0
     width = build_backbone(config.model.name, len(config.data.mean), config.data.image_size or 32, seed=0).feature_dim
     judgements = [
-        judge(claim, figures, statistics) for claim in all_claims(len(one["data"]["class_counts"]), width, sparsity)
+        judge(claim, figures, statistics)
+        for claim in all_claims(len(one["data"]["class_counts"]), width, sparsity, "fedbn" in methods)
     ]
     judgements.sort(key=lambda item: item.verdict == "not run at this scale")
     table = shared_report.method_table(figures, methods, COLUMNS)

@@ -37,6 +37,16 @@ def test_part_of_a_study_is_not_published(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_fedbn_is_an_opponent_of_the_personal_models_wherever_it_is_run():
+    def opponents(fedbn):
+        claims = all_claims(10, 64, 0.6, fedbn)
+        return [c.right for c in claims if isinstance(getattr(c, "right", None), tuple) and "personal" in c.left]
+
+    assert len(opponents(True)) == len(opponents(False)) == 2
+    assert all("fedbn/personal.accuracy" in right for right in opponents(True))
+    assert not any("fedbn/personal.accuracy" in right for right in opponents(False))
+
+
 def test_every_baseline_of_a_best_of_claim_runs_in_the_small_study():
     assert not {*GENERIC_BASELINES, *PERSONAL_BASELINES} & set(PLANS["mini"].left_out)
     assert len({claim.text for claim in all_claims(10, 64, 0.6)}) == len(all_claims(10, 64, 0.6))
