@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from torch import Generator, Tensor
 
 from shared.data import FileSet, open_rgb
 from shared.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 GROUP_IMAGES = 2048  # gathered and augmented at once by Resident.prefetch
 
@@ -147,7 +151,7 @@ class Files(Batches):
             seeds = torch.randint(2**62, (len(batches),), generator=generator, device=generator.device).tolist()
         run: Callable[..., Iterator[Tensor]] = self._pool.map if self._pool else map
         jobs = ((i, run(self._decode, i.tolist(), self._draws(len(i), s))) for i, s in zip(batches, seeds, strict=True))
-        return self._collected(jobs)
+        return ((self._normalised(images), labels) for images, labels in self._collected(jobs))
 
     def _draws(self, n: int, seed: int | None) -> Sequence[Tensor | None]:
         """For each image 10 tries of (area, ratio, y, x) and the flip in the last row, uniform in 0..1."""
@@ -158,13 +162,10 @@ class Files(Batches):
     def _decode(self, index: int, draws: Tensor | None) -> Tensor:
         from torchvision.transforms.v2 import functional  # type: ignore[import-untyped]  # here: it costs seconds
 
-        image, square = open_rgb(self.paths[index]), [self.size, self.size]
-        if draws is None:
-            image = functional.center_crop(functional.resize(image, [round(self.size * 256 / 224)]), square)
-        else:
-            left, top, right, bottom = _random_box(*image.size, draws[:10].tolist())
-            image = functional.resized_crop(image, top, left, bottom - top, right - left, square)
-            image = functional.hflip(image) if draws[10, 0] < 0.5 else image
+        image = open_rgb(self.paths[index])
+        if draws is not None:
+            return random_resized_crop(image, self.size, draws)
+        image = functional.center_crop(functional.resize(image, [round(self.size * 256 / 224)]), [self.size, self.size])
         pixels: Tensor = functional.pil_to_tensor(image).contiguous()
         return pixels
 
@@ -175,7 +176,21 @@ class Files(Batches):
             indices, decoded = waiting.popleft()
             images = torch.stack(list(decoded))
             images = (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
-            yield self._normalised(images), self.labels[indices.to(device)]
+            yield images, self.labels[indices.to(device)]
+
+
+def random_resized_crop(image: "Image.Image", size: int, draws: Tensor) -> Tensor:
+    """A random part of an image, scaled to uint8 [3, size, size] and perhaps mirrored.
+
+    `draws` [11, 4], uniform in 0..1: ten tries of (area, ratio, y, x), and the flip in the last row.
+    """
+    from torchvision.transforms.v2 import functional
+
+    left, top, right, bottom = _random_box(*image.size, draws[:10].tolist())
+    image = functional.resized_crop(image, top, left, bottom - top, right - left, [size, size])
+    image = functional.hflip(image) if draws[10, 0] < 0.5 else image
+    pixels: Tensor = functional.pil_to_tensor(image).contiguous()
+    return pixels
 
 
 def _random_box(width: int, height: int, tries: list[list[float]]) -> tuple[int, int, int, int]:

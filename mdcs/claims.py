@@ -1,0 +1,121 @@
+"""What the paper claims, as code; and the numbers that need no statistics.
+
+The main text of the paper could not be read when this was written: its figures quoted here are the supplement's, those
+of the baselines are from their own repositories and later re-runs, and each says so.
+"""
+
+from shared.claims import Claim, Comparison, Fact
+
+EXPERTS = ("expert1", "expert2", "expert3")
+ENSEMBLE = "ensemble.accuracy"
+BASELINES = ("ce", "balanced_softmax", "balanced_3", "ldam_drw", "ride", "sade", "balpoe", "ncl")
+
+DIVERSITY = (
+    Comparison(
+        "The diversity loss makes experts more diverse (class_std) than SADE's spacing, same views",
+        "abstract", "dl_weak/diversity.class_std", "sade/diversity.class_std", headline=True,
+    ),
+    Comparison(
+        "The diversity loss makes experts more diverse (class_std) than three balanced experts, same views",
+        "abstract", "dl_weak/diversity.class_std", "balanced_3/diversity.class_std", headline=True,
+    ),
+    Comparison(
+        "The diversity loss is better than three balanced experts on the same views (both)",
+        "what diversity adds to an ensemble", f"dl_both/{ENSEMBLE}", f"balanced_3_both/{ENSEMBLE}", headline=True,
+    ),
+    Comparison(
+        "The head expert leads on the head classes", "supplement; lambda below 0",
+        "mdcs/expert1.head", ("mdcs/expert2.head", "mdcs/expert3.head"), headline=True,
+    ),
+    Comparison(
+        "The tail expert leads on the tail classes", "supplement; lambda above 1",
+        "mdcs/expert3.tail", ("mdcs/expert1.tail", "mdcs/expert2.tail"), headline=True,
+    ),
+    Comparison(
+        "The ensemble is better than every expert", "supplement, CIFAR-100-LT IF 100",
+        f"mdcs/{ENSEMBLE}", tuple(f"mdcs/{e}.accuracy" for e in EXPERTS), "+5.3 (56.1 against 50.8)", headline=True,
+    ),
+)  # fmt: skip
+DISTILLATION = (
+    Comparison(
+        "Self-distillation lifts the ensemble, same views (against the diversity loss on both)",
+        "our control of the paper's ablation", f"mdcs/{ENSEMBLE}", f"dl_both/{ENSEMBLE}",
+        "+5.4 (56.1 against 50.7, views of that row unknown)", headline=True,
+    ),
+    *(
+        Comparison(
+            f"Self-distillation lifts expert {number}, same views", "supplement",
+            f"mdcs/{expert}.accuracy", f"dl_both/{expert}.accuracy", paper,
+        )
+        for number, (expert, paper) in enumerate(
+            zip(EXPERTS, ("+1.8 (40.6 against 38.8)", "+5.6 (50.8 against 45.2)", "+4.6 (36.0 against 31.4)"),
+                strict=True), 1)
+    ),
+    Comparison(
+        "MDCS is better than the diversity loss on the weak view (distillation and strong view together)",
+        "supplement", f"mdcs/{ENSEMBLE}", f"dl_weak/{ENSEMBLE}", "+5.4 (56.1 against 50.7)", headline=True,
+    ),
+    Comparison(
+        "MDCS is better than the diversity loss on the strong view", "our control",
+        f"mdcs/{ENSEMBLE}", f"dl_strong/{ENSEMBLE}",
+    ),
+    Comparison(
+        "The strong view alone lifts the diversity loss", "NCL's author: +5.2 to +5.4 for NCL, CIFAR-100-LT IF 100",
+        f"dl_strong/{ENSEMBLE}", f"dl_weak/{ENSEMBLE}", "+5.2 (NCL, 54.42 against 49.22)",
+    ),
+    Comparison(
+        "Self-distillation needs diverse experts: it gains more with them than with balanced ones",
+        "abstract", "study/cs_gain.diverse", "study/cs_gain.balanced", headline=True,
+    ),
+    Comparison(
+        "Distilling confident instances only is better than distilling all", "abstract",
+        f"mdcs/{ENSEMBLE}", f"mdcs_no_cis/{ENSEMBLE}", headline=True,
+    ),
+    Comparison(
+        "Self-distillation lowers the variance, same views (variance without less variance with it)",
+        "abstract", "dl_both/ensemble.variance", "mdcs/ensemble.variance", headline=True,
+    ),
+)  # fmt: skip
+AGAINST = {  # figures on CIFAR-100-LT IF 100: the paper's supplement against later re-runs and the methods' own pages
+    "ce": ("cross-entropy", "+17.8 (56.1 against 38.3)"),
+    "balanced_softmax": ("balanced softmax", "+10.0 (56.1 against 46.1)"),
+    "ldam_drw": ("LDAM-DRW", "+14.0 (56.1 against 42.1)"),
+    "ride": ("RIDE, three experts", "+7.5 (56.1 against 48.6)"),
+    "sade": ("SADE", "+6.3 (56.1 against 49.8)"),
+    "balpoe": ("BalPoE's loss", "+0.2 (56.1 against 55.9, theirs with mixup and strong views)"),
+    "ncl": ("NCL without its contrastive branch", "+1.7 (56.1 against 54.4, theirs with it)"),
+}
+COMPARISONS: tuple[Comparison, ...] = (
+    *DIVERSITY,
+    *DISTILLATION,
+    *(
+        Comparison(f"MDCS is better than {name}", "CIFAR-100-LT IF 100", f"mdcs/{ENSEMBLE}", f"{arm}/{ENSEMBLE}", paper,
+                   headline=arm in ("ce", "balanced_softmax", "ride", "sade"))
+        for arm, (name, paper) in AGAINST.items()
+    ),
+    Comparison(
+        "MDCS is better than three balanced experts on the same views", "our control",
+        f"mdcs/{ENSEMBLE}", f"balanced_3_both/{ENSEMBLE}",
+    ),
+    Comparison(
+        "MDCS is better than the best baseline", "abstract: 1 to 2 points over the previous best", f"mdcs/{ENSEMBLE}",
+        tuple(f"{arm}/{ENSEMBLE}" for arm in BASELINES), "+1 to +2", headline=True,
+    ),
+)  # fmt: skip
+FACTS = (
+    Fact("Three experts on CIFAR-100 have 783,856 parameters", "layer by layer", "study/parameters.cifar100", "==",
+         783856),
+    Fact("Three experts on CIFAR-10 have 770,896 parameters", "layer by layer", "study/parameters.cifar10", "==",
+         770896),
+    Fact("CIFAR-100-LT with IF 100 has 10,847 training images", "authors' code", "study/images.cifar100_if100", "==",
+         10847, paper="10,847"),
+    Fact("CIFAR-10-LT with IF 100 has 12,406 training images", "authors' code", "study/images.cifar10_if100", "==",
+         12406, paper="12,406"),
+    Fact("The mean of the prior's exponents is 1: the averaged logits are balanced", "authors' code",
+         "study/lambdas.mean", "==", 1.0),
+    Fact("The loss of the worked example, epoch 1", "agrees with the authors' class to 1e-6", "study/example.epoch_1",
+         "==", 8.686548, tolerance=1e-6, paper="8.686548"),
+    Fact("The loss of the worked example, epoch 20 and later", "agrees with the authors' class to 1e-6",
+         "study/example.epoch_20", "==", 8.808745, tolerance=1e-6, paper="8.808745"),
+)  # fmt: skip
+ALL_CLAIMS: tuple[Claim, ...] = (*COMPARISONS, *FACTS)

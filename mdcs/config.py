@@ -1,0 +1,281 @@
+"""The typed configuration of one run. `python -m mdcs.train --schema` prints it as JSON schema."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from shared.config import Section
+from shared.gpu import Precision
+
+Positive = Annotated[float, Field(gt=0)]
+Views = Literal["weak", "strong", "both"]
+LISTED = ("imagenet_lt", "places_lt", "inaturalist18", "list")
+
+
+class DataConfig(Section):
+    """A training set made long-tailed, and a balanced test set; or two list files that are so already."""
+
+    name: Literal["sample", "fashion_mnist", "cifar10", "cifar100", "imagenet_lt", "places_lt", "inaturalist18", "list"]
+    imbalance_factor: float = Field(1.0, ge=1, description="images of the largest class over those of the smallest")
+    n_max: int | None = Field(None, ge=1, description="images of the largest class (default: all of it)")
+    subset_seed: int | None = Field(0, ge=0, lt=2**32, description="seed of the long-tailed subset (null: the run's)")
+    image_size: int | None = Field(None, ge=8, description="pixels a side (default: as they are; 224 for image files)")
+    mean: tuple[float, ...] = Field(min_length=1, max_length=4, description="channel means, of pixels in [0, 1]")
+    std: tuple[Positive, ...] = Field(min_length=1, max_length=4, description="channel deviations, in [0, 1]")
+    augment: Literal["none", "grey", "cifar", "photo", "inaturalist"] = Field(description="the weak and strong views")
+    download: bool = False
+    train_list: str | None = Field(None, description="list file of the training images")
+    test_list: str | None = Field(None, description="list file of the test images")
+    image_root: str | None = Field(None, description="folder that the list files' paths start from")
+    num_classes: int | None = Field(None, ge=2, description="number of classes of the list files")
+    relabel: bool = Field(False, description="number the classes by descending training count, as Places-LT has it")
+    workers: int = Field(8, ge=1, description="threads that decode image files")
+
+    @property
+    def listed(self) -> bool:
+        """Whether the images are files named by lists."""
+        return self.name in LISTED
+
+    @model_validator(mode="after")
+    def _complete(self) -> "DataConfig":
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels and std {len(self.std)}; give one number a channel")
+        wanted = {"train_list": self.train_list, "test_list": self.test_list, "image_root": self.image_root,
+                  "num_classes": self.num_classes}  # fmt: skip
+        missing = [key for key, value in wanted.items() if value is None]
+        if self.listed and missing:
+            raise ValueError(f"a list data set needs {', '.join(missing)} as well")
+        surplus = [key for key, value in wanted.items() if value is not None and not self.listed]
+        if self.listed:
+            surplus = [k for k, v in (("imbalance_factor", self.imbalance_factor > 1), ("n_max", self.n_max)) if v]
+        if surplus:
+            kind = "a list data set is taken as it is listed" if self.listed else f"{self.name} is not read from lists"
+            raise ValueError(f"{kind}; remove {', '.join(surplus)}")
+        if self.listed != (self.augment in ("photo", "inaturalist")) and self.augment != "none":
+            raise ValueError(f"augment {self.augment!r} is not for {self.name}; photo and inaturalist are for files")
+        return self
+
+
+class MdcsConfig(Section):
+    """The paper's method: every expert its own prior, and each learns from its weak view on the strong one."""
+
+    name: Literal["mdcs"] = "mdcs"
+    lambdas: tuple[float, ...] = Field((-0.5, 1.0, 2.5), min_length=1, description="an exponent of the prior an expert")
+    alpha: float = Field(0.6, ge=0, description="weight of the consistency self-distillation")
+    ramp_epochs: int = Field(20, ge=0, description="epochs over which that weight rises from zero")
+    temperature: Positive = Field(1.0, description="of teacher and student")
+    confident: Literal["adjusted", "raw", "all"] = Field(
+        "adjusted", description="which logits decide whether an instance is confident; all: every instance is taken"
+    )
+
+
+class DlConfig(Section):
+    """The diversity loss alone."""
+
+    name: Literal["dl"]
+    lambdas: tuple[float, ...] = Field((-0.5, 1.0, 2.5), min_length=1, description="an exponent of the prior an expert")
+    views: Views = "weak"
+
+
+class CeConfig(Section):
+    """Cross-entropy."""
+
+    name: Literal["ce"]
+    classifier: Literal["cosine", "linear"] = "cosine"
+    views: Views = "weak"
+
+
+class BalancedSoftmaxConfig(Section):
+    """Ren et al. 2020; with several experts the control that shows what diversity adds to an ensemble."""
+
+    name: Literal["balanced_softmax"]
+    experts: int = Field(1, ge=1)
+    views: Views = "weak"
+
+
+class LdamDrwConfig(Section):
+    """Cao et al. 2019."""
+
+    name: Literal["ldam_drw"]
+    largest_margin: Positive = 0.5
+    beta: float = Field(0.9999, ge=0, lt=1, description="of the class-balanced weights")
+    deferred_epoch: int | None = Field(None, ge=0, description="last epoch without weights (default: first milestone)")
+    views: Views = "weak"
+
+
+class RideConfig(Section):
+    """Wang et al. 2021, without router and distillation."""
+
+    name: Literal["ride"]
+    experts: int = Field(3, ge=1)
+    diversity_weight: float = Field(0.45, ge=0)
+    largest_margin: Positive = 0.5
+    beta: float = Field(0.9999, ge=0, lt=1, description="of the class-balanced weights")
+    gamma: float = Field(0.05, ge=0, le=1, description="how much the temperature follows the class frequency")
+    deferred_epoch: int | None = Field(None, ge=0, description="last epoch without weights (default: first milestone)")
+    views: Views = "weak"
+
+
+class SadeConfig(Section):
+    """Zhang et al. 2022, without test-time training."""
+
+    name: Literal["sade"]
+    tau: float = Field(2.0, ge=0, description="weight of the inverse prior in the third expert")
+    views: Views = "weak"
+
+
+class BalPoeConfig(Section):
+    """The loss of Aimar et al. 2023; without its mixup."""
+
+    name: Literal["balpoe"]
+    taus: tuple[float, ...] = Field((0.0, 1.0, 2.0), min_length=1)
+    views: Views = "weak"
+
+
+class NclConfig(Section):
+    """Li et al. 2022, without its contrastive branch: separate networks that learn from each other."""
+
+    name: Literal["ncl"]
+    networks: int = Field(3, ge=2)
+    hard_share: float = Field(0.3, gt=0, le=1, description="share of the classes that count as hard for an image")
+    weight: float = Field(0.6, ge=0, description="weight of the mutual distillation")
+    views: Views = "strong"
+
+
+MethodConfig = Annotated[
+    MdcsConfig | DlConfig | CeConfig | BalancedSoftmaxConfig | LdamDrwConfig | RideConfig | SadeConfig | BalPoeConfig
+    | NclConfig,
+    Field(discriminator="name"),
+]  # fmt: skip
+
+
+class ModelConfig(Section):
+    """The network; the number of experts and the width of their stages are the method's."""
+
+    name: Literal["resnet_cifar", "resnet50", "resnext50", "resnet152"]
+    depth: int = Field(32, ge=8, description="layers of resnet_cifar, 6 n + 2")
+    width: int = Field(16, ge=2, description="channels of the first stage of resnet_cifar")
+    experts: int | None = Field(None, ge=1, description="a check: the method must have so many (default: it decides)")
+    reduced: bool | None = Field(None, description="narrower late stages (default: where there are several experts)")
+    share_stage3: bool = Field(False, description="experts of the large networks share stage 3 as well")
+    pretrained: str | None = Field(None, description="file of a pretrained network, copied into every expert")
+
+    @field_validator("depth")
+    @classmethod
+    def _whole_blocks(cls, value: int) -> int:
+        if value % 6 != 2:
+            raise ValueError(f"{value} is not 6 n + 2, as in 8, 14, 20, 26, 32")
+        return value
+
+
+class OptimizerConfig(Section):
+    """SGD; the weight decay is on all parameters."""
+
+    lr: Positive
+    backbone_lr: float | None = Field(None, gt=0, description="rate of all but the classifiers (default: lr)")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = True
+    weight_decay: float = Field(5e-4, ge=0)
+
+
+class StepSchedule(Section):
+    """A rise, then a factor at each milestone."""
+
+    name: Literal["step"]
+    milestones: tuple[int, ...] = Field(description="epochs, counted from 1, after which the rate falls")
+    factor: Positive = 0.1
+    warmup_epochs: int = Field(0, ge=0)
+    warmup: Literal["linear", "from_third"] = Field("linear", description="(e+1)/W, or from 1/3 to 1")
+
+
+class CosineSchedule(Section):
+    """Half a cosine to zero over all epochs."""
+
+    name: Literal["cosine"]
+
+
+ScheduleConfig = Annotated[StepSchedule | CosineSchedule, Field(discriminator="name")]
+
+
+class EvaluateConfig(Section):
+    """When the test set is looked at on the way; the headline is the last epoch, never the best one."""
+
+    every: int = Field(10, ge=1, description="epochs between evaluations")
+    batch_size: int = Field(500, ge=1)
+
+
+class Config(Section):
+    """One complete run."""
+
+    paper: Literal["mdcs"]
+    data: DataConfig
+    model: ModelConfig
+    method: MethodConfig = MdcsConfig()
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    epochs: int = Field(ge=1, description="passes over the training images")
+    batch_size: int = Field(ge=1, description="images a step; each stands in as many views as the method has")
+    bn_views: Literal["joint", "split"] = Field("joint", description="whether the views share batch statistics")
+    seed: int = Field(0, ge=0, lt=2**32)
+    evaluate: EvaluateConfig = EvaluateConfig()
+    device: str = "auto"
+    precision: Precision = "auto"
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads; 0 takes all cores (a run's bits depend on it)")
+
+    @property
+    def headline(self) -> str:
+        """Where the headline figures are from."""
+        return "last_epoch"
+
+    @property
+    def views(self) -> Views:
+        """The views of an image that a step sees."""
+        return "both" if isinstance(self.method, MdcsConfig) else self.method.views
+
+    @property
+    def experts(self) -> int:
+        """Classifiers of the network."""
+        method = self.method
+        if isinstance(method, MdcsConfig | DlConfig):
+            return len(method.lambdas)
+        if isinstance(method, BalPoeConfig):
+            return len(method.taus)
+        if isinstance(method, BalancedSoftmaxConfig | RideConfig):
+            return method.experts
+        if isinstance(method, NclConfig):
+            return method.networks
+        return 3 if isinstance(method, SadeConfig) else 1
+
+    @property
+    def deferred_epoch(self) -> int | None:
+        """The last epoch without class weights, where the method has them; None where nothing says it."""
+        own = self.method.deferred_epoch if isinstance(self.method, LdamDrwConfig | RideConfig) else None
+        first = self.schedule.milestones[:1] if isinstance(self.schedule, StepSchedule) else ()
+        return own if own is not None else next(iter(first), None)
+
+    @field_validator("method", "schedule", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        """`method: ce` is short for `method: {name: ce}`."""
+        if isinstance(value, dict):  # what has gone through Python is no longer JSON, whose arrays fit a tuple
+            return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Config":
+        if self.model.experts not in (None, self.experts):
+            raise ValueError(
+                f"model.experts is {self.model.experts}, but method {self.method.name} has {self.experts} "
+                f"(one a lambda); make them equal or leave model.experts out"
+            )
+        if isinstance(self.method, LdamDrwConfig | RideConfig) and self.deferred_epoch is None:
+            raise ValueError(f"method.deferred_epoch: {self.method.name} needs it where no milestone stands for it")
+        if isinstance(self.schedule, StepSchedule) and list(self.schedule.milestones) != sorted(
+            set(self.schedule.milestones)
+        ):
+            raise ValueError(f"schedule.milestones: {list(self.schedule.milestones)} do not rise")
+        if self.bn_views == "split" and self.views != "both":
+            raise ValueError(f"bn_views: split needs two views, but {self.method.name} sees the {self.views} view")
+        if self.model.name == "resnet_cifar" and (self.model.pretrained or self.model.share_stage3):
+            raise ValueError("model: pretrained and share_stage3 are for the large networks")
+        return self

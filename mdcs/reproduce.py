@@ -1,0 +1,255 @@
+"""The study: arms x seeds, a table, a verdict for each claim, plots. `python -m mdcs.reproduce --scale mini`."""
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.cli import REPOSITORY, check_shared, find_config, run_main
+from shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mdcs.study import Arms
+    from shared.report import Row
+    from shared.study import Job
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a scale runs: configurations, seeds, and whether its accuracies mean anything."""
+
+    configs: tuple[str, ...]
+    seeds: int
+    statistics: bool
+    arms: tuple[str, ...] = ()  # some of the study's, where not all are affordable
+
+
+PLANS = {
+    "smoke": Plan(("smoke",), 1, statistics=False),
+    "mini": Plan(("mini",), 4, statistics=True),
+    "paper": Plan(("cifar100_lt_if100", "cifar10_lt_if100"), 3, statistics=True),
+}
+# Real CIFAR-10-LT on a CPU: not a scale of its own, for it needs the data set and hours.
+CIFAR_ON_CPU = Plan(("cifar10_lt_if100_cpu",), 3, True, ("mdcs", "dl_both", "balanced_softmax", "ce"))
+
+
+@dataclass(frozen=True)
+class Study:
+    """One configuration, the arms that are run on it, and how often."""
+
+    config_path: Path
+    name: str
+    arms: "Arms"
+    seeds: int
+    statistics: bool
+    out: Path
+    partial: bool
+
+    @property
+    def report_folder(self) -> Path:
+        """Where its report goes: one a study, and another for parts of one."""
+        kind = ("" if self.name == "main" else f"-{self.name}") + ("-partial" if self.partial else "")
+        return self.out / "mdcs" / f"report-{self.config_path.stem}{kind}"
+
+
+def jobs_of(study: Study) -> "list[Job]":
+    """One training command an arm and seed; seeds outermost, so that an early stop leaves whole seeds."""
+    from mdcs.config import Config
+    from shared.config import load
+    from shared.run import folder_name
+    from shared.study import Job
+
+    jobs = []
+    for seed in range(study.seeds):
+        for arm, changes in study.arms.items():
+            overrides = [f"seed={seed}", *changes]
+            method = load(study.config_path, Config, overrides).method.name
+            folder = study.out / "mdcs" / folder_name(study.config_path.stem, method, seed, overrides)
+            arguments = ("--config", shown(study.config_path), "--out", str(study.out), *overrides)
+            jobs.append(Job(arm, seed, folder, arguments))
+    return jobs
+
+
+def shown(path: Path) -> str:
+    """A path from the repository, so that the recorded command works for others."""
+    path = path.resolve()
+    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else str(path)
+
+
+def collect(study: Study, jobs: "Sequence[Job]", command: str) -> "list[Row]":
+    """The rows of all finished runs under their arms' names, and those that several runs give together."""
+    from mdcs.study import gain_figures, variance_figures
+    from shared.report import Row, figures_of, rows_of
+    from shared.run import read_results
+
+    done = [(job, read_results(job.folder)) for job in jobs if (job.folder / "results.json").exists()]
+    if not done:
+        raise ConfigError("no run of the study has finished; the lines above say why")
+    rows = [replace(row, method=job.group) for job, results in done for row in rows_of(results)]
+    one: dict[str, Any] = {key: done[0][1][key] for key in ("paper", "config", "device", "precision", "commit")}
+
+    def add(method: str, seed: int, at: str, split: str, values: dict[str, float]) -> None:
+        rows.extend(
+            Row(**one, method=method, seed=seed, at=at, split=split, metric=name, value=value, seconds=0.0,
+                command=command)
+            for name, value in values.items()
+        )  # fmt: skip
+
+    own_draws = len({tuple(results["data"]["digests"].values()) for _, results in done}) > 1
+    for arm in study.arms if own_draws else ():
+        folders = {job.seed: job.folder for job, _ in done if job.group == arm}
+        for seed, values in variance_figures(folders).items():
+            add(arm, seed, "last_epoch", "test", values)
+    for name, gains in gain_figures(figures_of(rows, "last_epoch")).items():
+        for seed, gain in gains.items():
+            add("study", seed, "last_epoch", "test", {name: gain})
+    add("study", 0, "once", "-", constants())
+    return rows
+
+
+def constants() -> dict[str, float]:
+    """Figures of the study itself: counts, sizes and the worked example, for which nothing is trained."""
+    import torch
+
+    from mdcs.config import MdcsConfig
+    from mdcs.method import mdcs_loss
+    from mdcs.model import Architecture, build_model
+    from shared.longtail import exponential_counts
+
+    rows = torch.tensor([[2.0, 1, 0], [0, 1, 2], [0.5, 0.2, -0.1], [1, 0, 0]], dtype=torch.float64)
+    logits, targets = rows[:, None].expand(4, 3, 3), torch.tensor([0, 2])
+    lambdas = MdcsConfig().lambdas
+    example = [float(mdcs_loss(logits, targets, [100, 10, 1], lambdas, 0.6, ramp, 1.0)) for ramp in (0.05, 1.0)]
+    sizes = {
+        f"parameters.cifar{classes}": sum(
+            p.numel() for p in build_model(Architecture("resnet_cifar", classes, 3, reduced=True), 0).parameters()
+        )
+        for classes in (10, 100)
+    }
+    return {
+        "images.cifar10_if100": sum(exponential_counts(5000, 10, 100)),
+        "images.cifar100_if100": sum(exponential_counts(500, 100, 100)),
+        "lambdas.mean": sum(lambdas) / len(lambdas), "example.epoch_1": example[0], "example.epoch_20": example[1],
+        **sizes,
+    }  # fmt: skip
+
+
+def report(study: Study, jobs: "Sequence[Job]", command: str) -> None:
+    """Write rows, tables, verdicts and plots of the finished runs of one configuration, and print the tables."""
+    from mdcs.claims import ALL_CLAIMS
+    from mdcs.plots import draw
+    from mdcs.study import columns_of
+    from shared import report as shared_report
+    from shared.checkpoint import atomic_write
+    from shared.claims import judge
+
+    rows, folder = collect(study, jobs, command), study.report_folder
+    figures = shared_report.figures_of(rows, "last_epoch")
+    table = shared_report.method_table(figures, list(study.arms), columns_of(study.arms))
+    shared_report.write_rows(folder / "results.csv", rows)
+    one = rows[0]
+    text = (
+        f"In %, mean ± deviation over seeds, of the last epoch on the balanced test set. {one.device}, "
+        f"{one.precision}, commit {one.commit[:10]}, `{command}`.\n\n"
+    )
+    atomic_write(folder / "methods.md", (text + shared_report.markdown(table)).encode())
+    title = study.config_path.stem + ("" if study.name == "main" else f", {study.name}")
+    shared_report.show(f"{title}: in % (mean ± deviation over seeds)", table)
+    if study.name == "main":
+        judgements = [judge(claim, figures, study.statistics) for claim in ALL_CLAIMS]
+        judgements.sort(key=lambda item: item.verdict == "not run at this scale")
+        claims = shared_report.claim_table(judgements)
+        atomic_write(folder / "claims.md", shared_report.markdown(claims).encode())
+        summary = shared_report.summary_table(f"MDCS, `{study.config_path.stem}`", judgements)
+        atomic_write(folder / "summary.md", shared_report.markdown(summary).encode())
+        shared_report.show(f"{title}: the paper's claims", claims)
+    done = {job: job.folder for job in jobs if (job.folder / "results.json").exists()}
+    draw([(job.group, path) for job, path in done.items()], folder / "plots")
+    print(f"{len(done)} of {len(jobs)} runs; report in {folder}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of the command."""
+    parser = argparse.ArgumentParser(prog="python -m mdcs.reproduce", description=__doc__)
+    parser.add_argument("--scale", default="auto", help="auto, smoke (seconds), mini (minutes on a CPU), paper (a GPU)")
+    parser.add_argument("--study", default="main", help="main; views: every baseline on the strong view and on both; "
+                        "sweeps: lambda, alpha, temperature, number of experts")  # fmt: skip
+    parser.add_argument("--config", help="one configuration instead of the scale's own")
+    parser.add_argument("--methods", nargs="+", metavar="ARM", help="some arms of the study instead of all")
+    parser.add_argument("--seeds", type=int, help="number of seeds instead of the scale's own")
+    parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one a core)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="runs and report go below it (runs)")
+    parser.add_argument("--publish", action="store_true", help="copy the report to results/mdcs/<config>")
+    return parser
+
+
+def planned(asked: argparse.Namespace) -> list[Study]:
+    """The studies that the arguments ask for.
+
+    Raises:
+        ConfigError: there is no such scale, study or arm, or what was asked cannot be published.
+    """
+    from mdcs.study import MAIN, SMOKE, STUDIES
+    from shared.study import choose_scale
+
+    scale, why = choose_scale(asked.scale)
+    print(why, flush=True)
+    plan = PLANS[scale]
+    if asked.config:  # a configuration keeps the plan of the scale that it belongs to
+        stem = find_config(asked.config, "mdcs").stem
+        plans = (*PLANS.values(), CIFAR_ON_CPU)
+        plan = next((p for p in plans if stem in p.configs), Plan((stem,), 3, statistics=True))
+    if asked.study not in STUDIES:
+        raise ConfigError(f"--study {asked.study}: unknown; choose from {', '.join(STUDIES)}")
+    arms = SMOKE if asked.study == "main" and not plan.statistics else STUDIES[asked.study]
+    if strangers := [name for name in asked.methods or () if name not in STUDIES[asked.study]]:
+        raise ConfigError(f"--methods {strangers[0]}: unknown; choose from {', '.join(STUDIES[asked.study])}")
+    if asked.seeds is not None and asked.seeds < 1:
+        raise ConfigError(f"--seeds {asked.seeds}: at least one seed is needed")
+    if plan.arms and asked.study == "main":
+        arms = {name: MAIN[name] for name in plan.arms}
+    if asked.methods:
+        arms = {name: STUDIES[asked.study][name] for name in asked.methods}
+    partial = bool(asked.methods or asked.seeds)
+    if partial and asked.publish:
+        raise ConfigError("--publish: a study of some arms or seeds is not published; leave --methods and --seeds out")
+    return [
+        Study(find_config(name, "mdcs"), asked.study, arms, asked.seeds or plan.seeds, plan.statistics, asked.out,
+              partial)
+        for name in ([asked.config] if asked.config else plan.configs)
+    ]  # fmt: skip
+
+
+def run_reproduce(arguments: Sequence[str]) -> int:
+    """The command: 0 when all runs ended well, whatever the verdicts; 1 when a run failed."""
+    asked = parser().parse_args(arguments)
+    check_shared(__file__)
+    from shared.run import command_line
+    from shared.study import run_jobs
+
+    failed = 0
+    for study in planned(asked):
+        started, stem = time.monotonic(), study.config_path.stem
+        jobs = jobs_of(study)
+        there = sum((job.folder / "results.json").exists() for job in jobs)
+        print(f"{stem}: {len(jobs)} runs, {len(study.arms)} arms; {there} were finished before", flush=True)
+        failed += sum(outcome.code != 0 for outcome in run_jobs("mdcs.train", jobs, asked.workers).values())
+        report(study, jobs, command_line("mdcs.reproduce", arguments))
+        print(f"{time.monotonic() - started:.0f} s for {stem}")
+        if asked.publish:
+            name = stem if study.name == "main" else f"{stem}_{study.name}"
+            shutil.copytree(study.report_folder, REPOSITORY / "results" / "mdcs" / name, dirs_exist_ok=True)
+    return 1 if failed else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Console entry point."""
+    return run_main(run_reproduce, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The arms of the studies, as overrides of one configuration; and figures that several runs give together."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from mdcs.measures import bias_variance
+from shared.checkpoint import load_model
+from shared.claims import Figures
+
+Arms = Mapping[str, tuple[str, ...]]
+
+# The four of section 4.2 first: they tell the strong views from the distillation.
+MAIN: Arms = {
+    "mdcs": (),
+    "dl_both": ("method=dl", "method.views=both"),
+    "dl_strong": ("method=dl", "method.views=strong"),
+    "dl_weak": ("method=dl",),
+    "mdcs_no_cis": ("method.confident=all",),
+    "cs_plain": ("method.lambdas=[0.0, 0.0, 0.0]",),
+    "cs_balanced": ("method.lambdas=[1.0, 1.0, 1.0]",),
+    "balanced_3_both": ("method=balanced_softmax", "method.experts=3", "method.views=both"),
+    "balanced_3": ("method=balanced_softmax", "method.experts=3"),
+    "ce": ("method=ce",),
+    "ce_linear": ("method=ce", "method.classifier=linear"),
+    "balanced_softmax": ("method=balanced_softmax",),
+    "ldam_drw": ("method=ldam_drw",),
+    "ride": ("method=ride",),
+    "sade": ("method=sade",),
+    "balpoe": ("method=balpoe",),
+    "ncl": ("method=ncl",),
+}
+SMOKE: Arms = {name: MAIN[name] for name in MAIN if name not in ("mdcs_no_cis", "cs_plain", "cs_balanced")}
+SWEEPS: Arms = {
+    "mdcs": (),
+    "cis_on_raw_logits": ("method.confident=raw",),
+    **{f"temperature_{t}": (f"method.temperature={t}.0",) for t in (2, 4)},
+    **{f"alpha_{a}": (f"method.alpha={a}",) for a in ("0.0", "0.3", "1.0")},
+    **{f"lambda3_{x}": (f"method.lambdas=[-0.5, 1.0, {x}]",) for x in (1.5, 3.5)},
+    **{f"lambda1_{x}": (f"method.lambdas=[{x}, 1.0, 2.5]",) for x in ("-1.0", "0.0")},
+    "experts_2": ("method.lambdas=[-0.5, 2.5]",),
+    "experts_4": ("method.lambdas=[-0.5, 0.5, 1.5, 2.5]",),
+}
+VIEWS: Arms = {  # every baseline on the strong view, and with both
+    "mdcs": (),
+    **{
+        f"{name}_{views}": (*MAIN[name], f"method.views={views}")
+        for name in ("dl_weak", "ce", "balanced_softmax", "balanced_3", "ldam_drw", "ride", "sade", "balpoe")
+        for views in ("strong", "both")
+    },
+}
+STUDIES: Mapping[str, Arms] = {"main": MAIN, "views": VIEWS, "sweeps": SWEEPS}
+
+
+def variance_figures(folders: Mapping[int, Path]) -> dict[int, dict[str, float]]:
+    """How far each of a method's models is from their majority, seed -> metric -> share; nothing below three models.
+
+    Means something where each seed has a training set of its own draw (data.subset_seed: null).
+    """
+    import torch
+
+    if len(folders) < 3:
+        return {}
+    loaded = {seed: load_model(folder / "predictions")[0] for seed, folder in folders.items()}
+    labels = next(iter(loaded.values()))["labels"]
+    columns = torch.stack([tensors["predictions"] for tensors in loaded.values()])  # [K, N, E + 1]
+    names = [*(f"expert{e + 1}" for e in range(columns.shape[2] - 1)), "ensemble"]
+    figures: dict[int, dict[str, float]] = {seed: {} for seed in loaded}
+    for column, name in enumerate(names):
+        found = bias_variance(columns[:, :, column], labels)
+        for seed, own in zip(loaded, found.variances, strict=True):
+            figures[seed] |= {f"{name}.variance": own, f"{name}.bias": found.bias}
+    return figures
+
+
+def gain_figures(figures: Figures, metric: str = "ensemble.accuracy") -> dict[str, dict[int, float]]:
+    """What the distillation adds on the same views, with diverse and with balanced experts: name -> seed -> share."""
+    pairs = {"cs_gain.diverse": ("mdcs", "dl_both"), "cs_gain.balanced": ("cs_balanced", "balanced_3_both")}
+    gains: dict[str, dict[int, float]] = {}
+    for name, (with_cs, without) in pairs.items():
+        left, right = figures.get(f"{with_cs}/{metric}", {}), figures.get(f"{without}/{metric}", {})
+        gains[name] = {seed: left[seed] - right[seed] for seed in sorted(set(left) & set(right))}
+    return gains
+
+
+def columns_of(arms: Iterable[str]) -> dict[str, str]:
+    """Headings and metrics of a study's table; the variance and bias stand in it where they were measured."""
+    experts = range(1, 5 if "experts_4" in arms else 4)
+    return {
+        "ensemble": "ensemble.accuracy", "head": "ensemble.head", "middle": "ensemble.middle", "tail": "ensemble.tail",
+        **{f"E{e}": f"expert{e}.accuracy" for e in experts}, "ECE": "ensemble.ece",
+        "class_std": "diversity.class_std", "variance": "ensemble.variance", "bias": "ensemble.bias",
+    }  # fmt: skip

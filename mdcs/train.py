@@ -1,0 +1,207 @@
+"""Train one long-tailed classifier: `python -m mdcs.train --config mdcs/configs/smoke.yaml`."""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.cli import check_shared, find_config, run_main, train_parser
+from shared.config import load, schema
+from shared.errors import ConfigError, InterruptedRunError
+
+if TYPE_CHECKING:
+    from mdcs.config import Config, ScheduleConfig
+    from mdcs.problem import Problem
+    from mdcs.state import Training
+    from shared.run import Run
+
+SAVE_STEPS = 50  # between looks at the losses and at the clock; on a GPU each look waits for the queue
+
+
+def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[str, Any]:
+    """Train one network; an interrupted run goes on exactly where it stopped, between any two steps."""
+    import torch
+
+    from mdcs.algorithm import build_method
+    from mdcs.model import forward_views
+    from mdcs.problem import load_problem
+    from mdcs.state import Forecast, start
+    from shared.batches import epoch_order, split_batches
+    from shared.gpu import NotFiniteError, autocast, setup, stream
+
+    device = setup(config.device, config.threads)
+    problem = load_problem(config, device)
+    method = build_method(config, problem.class_counts, device)
+    state = start(config, problem, device)
+    if saved := run.restore(previous):
+        state.restore(saved)
+        print(f"continuing in epoch {state.epoch + 1} of {config.epochs}", flush=True)
+    else:
+        run.log("start", **problem.facts())
+
+    forecast = Forecast(config.epochs)
+    for epoch in run.steps(range(state.epoch, config.epochs), config.epochs, "epoch", state.epoch):
+        began = time.monotonic()
+        state.set_rate(learning_rate_factor(config.schedule, epoch, config.epochs))
+        order = epoch_order(len(problem.train), stream(config.seed, "order", epoch))
+        batches = split_batches(order, config.batch_size)
+        state.model.train()
+        views = problem.train.epoch(batches, config.views, config.seed, ("views", epoch), state.step)
+        try:
+            for images, targets in views:
+                with autocast(device, config.precision):
+                    logits = forward_views(state.model, state.laid_out(images), config.bn_views == "split")
+                loss = method.loss(logits.float(), targets, epoch + 1)
+                state.meter.add(loss)
+                torch.autograd.backward(loss)
+                state.update()
+                state.count_confident(logits, targets, method.lambdas)
+                forecast.tick(len(batches))
+                if state.step % SAVE_STEPS == 0:
+                    state.read_losses()
+                    run.save(state.snapshot())
+                run.check()
+            state.read_losses()
+        except NotFiniteError as error:
+            step = state.first_unread + error.step
+            raise run.not_finite(error, epoch=epoch + 1, seed=config.seed, images=batches[step].tolist()) from None
+        except InterruptedRunError:
+            state.read_losses()
+            run.save(state.snapshot(), force=True)
+            raise
+        run.log("epoch", epoch=epoch + 1, **state.finish_epoch(), seconds=time.monotonic() - began)
+        if (epoch + 1) % config.evaluate.every == 0 or epoch + 1 == config.epochs:
+            log_evaluation(run, state, problem, config)
+        run.save(state.snapshot())
+
+    return finish(run, state, problem, config)
+
+
+def learning_rate_factor(schedule: "ScheduleConfig", epoch: int, epochs: int) -> float:
+    """What multiplies the learning rate in an epoch (counted from 0): table of the brief's section 3."""
+    if schedule.name == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+    decay = schedule.factor ** sum(milestone <= epoch for milestone in schedule.milestones)
+    warm = min(1.0, (epoch + 1) / schedule.warmup_epochs) if schedule.warmup_epochs else 1.0
+    if schedule.warmup == "from_third" and schedule.warmup_epochs:
+        warm = min(1.0, 1 / 3 + 2 / 3 * epoch / schedule.warmup_epochs)
+    return decay * warm
+
+
+def log_evaluation(run: "Run[Config]", state: "Training", problem: "Problem", config: "Config") -> None:
+    """Append all figures of this epoch to the run's log."""
+    from mdcs.eval import evaluate
+
+    run.log("evaluate", epoch=state.epoch, figures=evaluate(state.model, problem, config).figures)
+
+
+def finish(run: "Run[Config]", state: "Training", problem: "Problem", config: "Config") -> dict[str, Any]:
+    """Write the model, its predictions and the results: the last epoch, and beside it the best one on the test set."""
+    from mdcs.eval import evaluate
+    from shared.checkpoint import save_model
+    from shared.gpu import resolve_precision
+    from shared.run import read_metrics, state_digest
+
+    final = evaluate(state.model, problem, config)
+    logged = read_metrics(run.folder, "evaluate")
+    best = max(logged, key=lambda e: e["figures"]["ensemble.accuracy"])
+    beside = {name: value for name, value in best["figures"].items() if name.startswith("ensemble.")}
+    figures = [
+        {"at": at, "split": "test", "metric": name, "value": value}
+        for at, values in ((config.headline, final.figures), ("best_on_test", beside))
+        for name, value in values.items()
+    ]
+    tensors = dict(state.model.state_dict())
+    description = {
+        "paper": "mdcs", "method": config.method.name, "epoch": state.epoch, "classes": list(problem.classes),
+        "class_order": problem.class_order, "channels": problem.channels, "config": config.model_dump(mode="json"),
+    }  # fmt: skip
+    save_model(run.folder / "model", tensors, description)
+    save_model(run.folder / "predictions", {"predictions": final.predictions, "labels": problem.test.labels},
+               {"columns": [*(f"expert{e + 1}" for e in range(config.experts)), "ensemble"]})  # fmt: skip
+    epochs = read_metrics(run.folder, "epoch")
+    device = problem.test.labels.device
+    return run.finish(
+        {
+            "paper": "mdcs", "config": run.folder.name.partition(f"-{config.method.name}-")[0],
+            "method": config.method.name, "seed": config.seed, "figures": figures, "data": problem.facts(),
+            "details": final.details | {"best_epoch_on_test": best["epoch"]}, "model_digest": state_digest(tensors),
+            "images_per_second": round(sum(e["images"] for e in epochs) / sum(e["seconds"] for e in epochs), 1),
+        },
+        device, resolve_precision(config.precision, device),
+    )  # fmt: skip
+
+
+def show(config: "Config", results: dict[str, Any], folder: Path) -> None:
+    """Print the headline figures of a finished run."""
+    values = {row["metric"]: row["value"] for row in results["figures"] if row["at"] == config.headline}
+    for who in ("ensemble", *(f"expert{e + 1}" for e in range(config.experts) if config.experts > 1)):
+        found = {name: values[f"{who}.{name}"] for name in ("accuracy", "many", "medium", "few", "ece")}
+        cells = "  ".join(f"{name} {'-' if v is None else f'{100 * v:.2f}'}" for name, v in found.items())
+        print(f"{who:9} {cells}   (%, epoch {config.epochs}, test set)")
+    print(f"{results['seconds']:.0f} s, {results['images_per_second']:.0f} training images/s on {results['device']}")
+    print(f"results and model in {folder}")
+
+
+def dry_run(config: "Config") -> None:
+    """Print what would run, with its size; train nothing."""
+    from mdcs.problem import load_problem
+    from mdcs.state import start
+    from shared.config import dump
+    from shared.gpu import describe, setup
+
+    print(dump(config), end="", flush=True)
+    device = setup(config.device, config.threads)
+    problem = load_problem(config, device)
+    model = start(config, problem, device).model
+    parameters = sum(p.numel() for p in model.parameters())
+    images, rows = sum(problem.class_counts), 2 if config.views == "both" else 1
+    groups = ", ".join(f"{len(group)} {name}" for name, group in problem.groups._asdict().items())
+    print(f"# device           {describe(device)}")
+    print(f"# data             {images:,} images, {max(problem.class_counts):,} to {min(problem.class_counts)} a class "
+          f"({groups}); {len(problem.test):,} to test")  # fmt: skip
+    print(f"# parameters       {parameters:,} ({config.experts} expert{'s' if config.experts > 1 else ''})")
+    print(f"# steps            {config.epochs * -(-images // config.batch_size):,} of {config.batch_size} images, "
+          f"{rows * config.batch_size} rows, in {config.epochs} epochs")  # fmt: skip
+    print(f"# memory           {4 * 4 * parameters / 2**20:.1f} MiB for the model in training, before activations")
+
+
+def run_train(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = train_parser("mdcs", "mdcs/configs/mini.yaml")
+    asked = parser.parse_intermixed_args(arguments)
+    check_shared(__file__)
+    from mdcs.config import Config
+
+    if asked.schema:
+        print(schema(Config), end="")
+        return 0
+    if (asked.config is None) == (asked.resume is None):
+        raise ConfigError("give one of --config and --resume; python -m mdcs.train --help shows examples")
+    path = asked.resume / "config.yaml" if asked.resume else find_config(asked.config, "mdcs")
+    config = load(path, Config, asked.overrides)
+    if asked.dry_run:
+        dry_run(config)
+        return 0
+    from shared.run import Run, command_line, folder_name
+
+    name = folder_name(path.stem, config.method.name, config.seed, asked.overrides)
+    folder = asked.resume or asked.out / "mdcs" / name
+    with Run(folder, config, command_line("mdcs.train", arguments)) as run:
+        if results := run.results:
+            print("already finished; nothing was trained")
+        else:
+            results = train(config, run, asked.previous)
+    show(config, results, folder)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Console entry point."""
+    return run_main(run_train, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,414 @@
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torch.nn import functional
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode
+from torchvision.transforms import functional as tv
+from torchvision.transforms.autoaugment import _apply_op
+
+from mdcs import augment
+from mdcs.augment import (
+    CIFAR10_POLICY,
+    RAND_AUGMENT_OPS,
+    VIEWS,
+    auto_augment,
+    auto_augment_space,
+    color_jitter,
+    cutout,
+    rand_augment,
+    rand_augment_arguments,
+    random_affine,
+    random_rotation,
+)
+from shared.batches import random_crop, random_flip
+from shared.errors import ConfigError, DataError
+
+SIGNED = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness"}
+STRONG = [(name, strong) for name, (_, strong) in VIEWS.items() if name != "none"]
+WEAK = [("cifar weak", VIEWS["cifar"][0]), ("photo weak", VIEWS["photo"][0])]
+PARTS = [
+    ("auto_augment", auto_augment),
+    ("rand_augment", rand_augment),
+    ("color_jitter", color_jitter),
+    ("random_rotation", random_rotation),
+    ("random_affine", random_affine),
+    ("cutout", partial(cutout, size=16)),
+]
+ALL = PARTS + WEAK + STRONG
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def photos(n, c=3, h=32, w=32, seed=0):
+    """Smooth shapes, some noise, own brightness: uint8 [n, c, h, w]."""
+    g = seeded(seed)
+    shapes = functional.interpolate(torch.rand(n, c, 5, 5, generator=g), (h, w), mode="bicubic")
+    light = torch.randint(-60, 60, (n, 1, 1, 1), generator=g)
+    return (220 * shapes + 12 * torch.randn(n, c, h, w, generator=g) + light).clamp(0, 255).byte()
+
+
+def to_pil(image):
+    return Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
+
+
+def from_pil(image):
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+def recorded(monkeypatch, call, n, size=32):
+    """What `_apply` was asked to do for n images, in order: (index of the operation [n], argument [n]) a round."""
+    rounds = []
+
+    def record(images, codes, arguments, operations):
+        rounds.append((codes, arguments))
+        assert int(codes.max()) < len(operations)
+        return images
+
+    monkeypatch.setattr(augment, "_apply", record)
+    call(torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(n, 3, size, size), seeded())
+    return rounds
+
+
+def near(share, expected, n, sigmas=5):
+    return abs(float(share) - expected) <= sigmas * math.sqrt(max(expected * (1 - expected), 1e-9) / n)
+
+
+# -------------------------------------------------------------------------------------------------------- AutoAugment
+
+
+def test_the_policy_is_torchvisions_line_by_line():
+    theirs = AutoAugment(AutoAugmentPolicy.CIFAR10).policies
+    assert len(CIFAR10_POLICY) == 25
+    for ours, line in zip(CIFAR10_POLICY, theirs, strict=True):
+        assert ours == line
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (28, 40), (224, 224)])
+def test_the_levels_are_torchvisions(height, width):
+    theirs = AutoAugment(AutoAugmentPolicy.CIFAR10)._augmentation_space(10, (height, width))
+    ours = auto_augment_space(height, width)
+    assert ours.keys() == theirs.keys()
+    for name, (magnitudes, signed) in theirs.items():
+        assert ours[name][1] == signed, name
+        assert torch.allclose(ours[name][0], magnitudes.expand(10).float(), atol=1e-5), name
+
+
+@pytest.mark.parametrize(("c", "size"), [(3, 32), (1, 28)])
+def test_auto_augment_gives_what_torchvision_gives_on_the_same_draws(c, size):
+    images = photos(400, c, size, size)
+    found = auto_augment(images, seeded(7), 128)
+    g = seeded(7)
+    pairs = torch.randint(25, (400,), generator=g).tolist()
+    chances, signs = torch.rand(400, 2, generator=g), torch.randint(2, (400, 2), generator=g)
+    theirs = AutoAugment(AutoAugmentPolicy.CIFAR10, fill=[128] * c)
+    theirs.get_params = lambda _: (pairs[row], chances[row], signs[row])
+    expected = []
+    for row in range(400):
+        expected.append(from_pil(theirs(to_pil(images[row]))))
+    gap = (found.int() - torch.stack(expected).int()).abs().float().mean((1, 2, 3))
+    assert float(gap.mean()) < 0.01
+    assert float(gap.max()) < 0.5
+
+
+def test_auto_augment_draws_sub_policies_bernoullis_and_signs_evenly(monkeypatch):
+    n = 40_000
+    names = list(augment._operations(128))
+    space = auto_augment_space(32, 32)
+    for slot, (codes, arguments) in enumerate(recorded(monkeypatch, auto_augment, n)):
+        shares = codes.bincount(minlength=len(names)) / n
+        for code, name in enumerate(names[:-1]):
+            lines = [pair[slot] for pair in CIFAR10_POLICY if pair[slot][0] == name]
+            assert near(shares[code], sum(p for _, p, _ in lines) / 25, n), name
+            found = arguments[codes == code]
+            if name in SIGNED and len(found):
+                centre = 1.0 if name in ("Brightness", "Color", "Contrast", "Sharpness") else 0.0
+                moved = found[found != centre]
+                assert near((moved > centre).float().mean(), 0.5, len(moved)), name
+                levels = {level for _, _, level in lines}
+                sizes = {round(float(space[name][0][level]), 4) for level in levels}
+                sizes = {math.trunc(v) for v in sizes} if name.startswith("Translate") else sizes
+                assert {round(v, 4) for v in (found - centre).abs().tolist()} == sizes, name
+
+
+def test_the_two_operations_of_a_sub_policy_belong_together(monkeypatch):
+    (first, _), (second, _) = recorded(monkeypatch, auto_augment, 20_000)
+    names = list(augment._operations(128))
+    seen = {(names[a], names[b]) for a, b in set(zip(first.tolist(), second.tolist(), strict=True))}
+    halves = [[(name, "Identity") if p > 0 else ("Identity",) for name, p, _ in pair] for pair in CIFAR10_POLICY]
+    assert seen == {(a, b) for first_half, second_half in halves for a in first_half for b in second_half}
+
+
+# -------------------------------------------------------------------------------------------------------- RandAugment
+
+
+def test_rand_augments_table_of_arguments():
+    assert len(RAND_AUGMENT_OPS) == len(set(RAND_AUGMENT_OPS)) == 15
+    table = rand_augment_arguments(torch.tensor([10.0, 9.0], dtype=torch.float64), 100, 200)
+    assert table.keys() == set(RAND_AUGMENT_OPS)
+    expected = {
+        **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), (0, 0)),
+        **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), (1.9, 1.72)),
+        **dict.fromkeys(("ShearX", "ShearY"), (0.3, 0.27)),
+        "Rotate": (30, 27),
+        "Posterize": (4, 3),
+        "Solarize": (256, 230),
+        "SolarizeAdd": (110, 99),
+        "TranslateX": (90, 81),
+        "TranslateY": (45, 40.5),
+    }
+    for name, values in expected.items():
+        assert table[name].tolist() == pytest.approx(list(values)), name
+
+
+def test_rand_augment_draws_operations_levels_signs_and_sampling_evenly(monkeypatch):
+    n, geometric = 30_000, [3, 11, 12, 13, 14]
+    for codes, arguments in recorded(monkeypatch, rand_augment, n):
+        idle = codes == 30
+        assert near(idle.float().mean(), 0.5, n)
+        kinds = (codes % 15)[~idle]
+        assert all(near(share, 1 / 15, len(kinds)) for share in kinds.bincount(minlength=15) / len(kinds))
+        assert set(codes[(codes >= 15) & ~idle].tolist()) == {15 + k for k in geometric}  # bicubic
+        moved = torch.isin(codes % 15, torch.tensor(geometric)) & ~idle
+        assert near((codes[moved] >= 15).float().mean(), 0.5, int(moved.sum()))
+        assert near((arguments[moved] > 0).float().mean(), 0.5, int(moved.sum()))
+        angle = arguments[(codes % 15 == 3) & ~idle].abs()
+        assert near((angle == 30).float().mean(), 0.5, len(angle))  # level 10, clipped
+        below = (30 - angle[angle < 30]) / 3  # levels under 10: a half normal distribution, std 0.5
+        assert float(below.square().mean().sqrt()) == pytest.approx(0.5, abs=0.05)
+        factors = arguments[codes == RAND_AUGMENT_OPS.index("Color")]
+        assert float(factors.min()) > 1.4
+        assert float(factors.max()) == pytest.approx(1.9)
+
+
+def rand_augment_on_pil(image, name, value, sampling, fill):
+    """The operations that torchvision lacks or defines otherwise; the others by torchvision."""
+    c = len(image.getbands())
+    if name == "Solarize":
+        return ImageOps.solarize(image, value)
+    if name == "SolarizeAdd":
+        return image.point([min(255, i + int(value)) if i < 128 else i for i in range(256)] * c)
+    if name.startswith("Translate"):
+        matrix = (1, 0, -value, 0, 1, 0) if name.endswith("X") else (1, 0, 0, 0, 1, -value)
+        return image.transform(image.size, Image.AFFINE, matrix, getattr(Image, sampling.upper()), fillcolor=fill)
+    centre = 1 if name in ("Color", "Contrast", "Brightness", "Sharpness") else 0
+    return _apply_op(image, name, value - centre, InterpolationMode(sampling), list(fill))
+
+
+def test_rand_augment_gives_what_pil_gives_on_the_same_draws(monkeypatch):
+    n, fill = 300, (124, 116, 104)
+    images = photos(n, 3, 40, 40)
+    found = rand_augment(images, seeded(0))
+    rounds = recorded(monkeypatch, rand_augment, n, 40)
+    for row in range(n):
+        image = to_pil(images[row])
+        for codes, arguments in rounds:
+            code = int(codes[row])
+            if code < 30:
+                sampling = "bicubic" if code >= 15 else "bilinear"
+                image = rand_augment_on_pil(image, RAND_AUGMENT_OPS[code % 15], float(arguments[row]), sampling, fill)
+        assert float((found[row].int() - from_pil(image).int()).abs().float().mean()) < 0.5, row
+
+
+# -------------------------------------------------------------------------------------------------------- the others
+
+
+def test_color_jitter_gives_what_torchvision_gives_on_the_same_draws():
+    images = photos(60)
+    found = color_jitter(images, seeded(3), 0.4, 0.5, 0.6)
+    g = seeded(3)
+    factors = 1 + torch.tensor([0.4, 0.5, 0.6]) * (2 * torch.rand(60, 3, generator=g) - 1)
+    order = torch.rand(60, 3, generator=g).argsort(dim=1)
+    adjust = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
+    for row in range(60):
+        image = to_pil(images[row])
+        for code in order[row].tolist():
+            image = adjust[code](image, float(factors[row, code]))
+        assert float((found[row].int() - from_pil(image).int()).abs().float().mean()) < 0.05
+
+
+def test_color_jitter_draws_all_orders_and_factors_evenly(monkeypatch):
+    n = 20_000
+    rounds = recorded(monkeypatch, color_jitter, n)
+    order = torch.stack([codes for codes, _ in rounds], dim=1)
+    assert order.sort(dim=1).values.unique(dim=0).tolist() == [[0, 1, 2]]
+    shares = (order * torch.tensor([9, 3, 1])).sum(1).unique(return_counts=True)[1] / n
+    assert len(shares) == 6
+    assert all(near(share, 1 / 6, n) for share in shares)
+    for _, factors in rounds:
+        assert 0.6 <= float(factors.min()) < 0.61
+        assert 1.39 < float(factors.max()) <= 1.4
+        assert float(factors.mean()) == pytest.approx(1, abs=0.01)
+
+
+def test_color_jitter_of_nothing_changes_nothing_and_a_negative_spread_is_refused():
+    images = photos(8)
+    assert torch.equal(color_jitter(images, seeded(), 0, 0, 0), images)
+    with pytest.raises(ConfigError, match="0 or more"):
+        color_jitter(images, seeded(), contrast=-0.1)
+
+
+def test_rotation_is_uniform_within_its_range_and_as_pils(monkeypatch):
+    angles = []
+    monkeypatch.setattr(augment.ops, "rotate", lambda images, degrees: angles.append(degrees) or images)
+    random_rotation(photos(1).expand(20_000, 3, 32, 32), seeded(1))
+    shares = torch.histc(angles[0].float(), 10, -15, 15) / 20_000
+    assert float(angles[0].abs().max()) <= 15
+    assert all(near(share, 0.1, 20_000) for share in shares)
+    monkeypatch.undo()
+    images = photos(30)
+    turned, drawn = random_rotation(images, seeded(1)), []
+    monkeypatch.setattr(augment.ops, "rotate", lambda images, degrees: drawn.append(degrees) or images)
+    random_rotation(images, seeded(1))
+    for image, found, angle in zip(images, turned, drawn[0].tolist(), strict=True):
+        assert torch.equal(found, from_pil(to_pil(image).rotate(angle)))
+
+
+def test_the_random_affine_takes_two_different_operations_of_all_magnitudes(monkeypatch):
+    n, most = 20_000, [0.3, 0.3, 75 / 331 * 32, 75 / 331 * 32, 30]
+    (first, a), (second, b) = recorded(monkeypatch, random_affine, n)
+    assert not bool((first == second).any())
+    assert len(set(zip(first.tolist(), second.tolist(), strict=True))) == 20
+    for codes, arguments in ((first, a), (second, b)):
+        for code, limit in enumerate(most):
+            found = arguments[codes == code] / limit
+            assert near(len(found) / n, 0.2, n)
+            assert 0.99 < float(found.max()) <= 1
+            assert -1 <= float(found.min()) < -0.99
+            assert float(found.mean()) == pytest.approx(0, abs=0.05)
+
+
+def test_cutout_is_a_clipped_square_with_its_centre_uniform_over_all_pixels():
+    n = 20_000
+    cut = cutout(torch.full((n, 1, 32, 32), 255, dtype=torch.uint8), seeded(), 16)[:, 0] == 0
+    areas = cut.sum((1, 2))
+    assert int(areas.min()) == 64
+    assert int(areas.max()) == 256
+    for sides in (cut.any(1), cut.any(2)):
+        lengths = sides.sum(1)
+        assert set(lengths.tolist()) == set(range(8, 17))
+        assert int((sides.byte().diff(dim=1) == 1).sum(1).max()) == 1
+        assert not bool((sides[:, 0] & sides[:, -1]).any())
+        # The centre is at `first + 8`; a square that begins before the image shows its last pixel instead.
+        centre = torch.where(sides[:, 0], lengths - 8, sides.byte().argmax(1) + 8)
+        shares = centre.bincount(minlength=32) / n
+        assert len(shares) == 32
+        assert all(near(share, 1 / 32, n) for share in shares)
+    assert near((areas == 256).float().mean(), (17 / 32) ** 2, n)
+
+
+def test_cutout_zeroes_all_channels_alike_and_nothing_else():
+    images = photos(50).clamp(min=1)
+    cut = cutout(images, seeded(), 9)
+    gone = cut == 0
+    assert torch.equal(gone[:, 0], gone[:, 1])
+    assert torch.equal(gone[:, 0], gone[:, 2])
+    assert torch.equal(cut[~gone], images[~gone])
+    assert int(gone[:, 0].sum((1, 2)).max()) == 81
+    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])
+    normalised = (cut / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    for channel in range(3):
+        values = normalised[:, channel][gone[:, channel]]
+        assert torch.allclose(values, -mean[channel] / std[channel])
+
+
+def test_cutout_of_size_0_cuts_nothing_and_a_negative_one_is_refused():
+    assert torch.equal(cutout(photos(9), seeded(), 0), photos(9))
+    with pytest.raises(ConfigError, match="cutout"):
+        cutout(photos(9), seeded(), -1)
+
+
+# --------------------------------------------------------------------------------------------------------- pipelines
+
+
+def test_there_are_views_for_every_kind_of_data():
+    assert list(VIEWS) == ["cifar", "grey", "photo", "inaturalist", "none"]
+    images = photos(4)
+    for view in (*VIEWS["none"], VIEWS["inaturalist"][0]):
+        assert torch.equal(view(images, seeded()), images)
+
+
+@pytest.mark.parametrize("name", ["cifar", "grey"])
+@pytest.mark.parametrize("size", [28, 32])
+def test_the_views_are_their_parts_in_order(name, size):
+    images, (weak, strong) = photos(40, 3, size, size), VIEWS[name]
+    g = seeded(2)
+    moved = random_flip(random_crop(images, size // 8, g), g)
+    state = g.get_state()
+    assert torch.equal(weak(images, seeded(2)), random_rotation(moved, g, 15))
+    changed = (auto_augment if name == "cifar" else random_affine)(moved, g.set_state(state))
+    assert torch.equal(strong(images, seeded(2)), cutout(changed, g, size // 2))
+
+
+def test_the_strong_view_of_photos_is_randaugment_after_the_jitter():
+    images, g = photos(40), seeded(2)
+    expected = rand_augment(color_jitter(images, g, 0.4, 0.4, 0.4), g, (124, 116, 104))
+    assert VIEWS["photo"][1] is VIEWS["inaturalist"][1]
+    assert torch.equal(VIEWS["photo"][1](images, seeded(2)), expected)
+    assert torch.equal(VIEWS["photo"][0](images, seeded(2)), color_jitter(images, seeded(2), 0.4, 0.4, 0.4))
+
+
+def test_the_grey_strong_view_only_moves_pixels():
+    images = photos(64, 1, 28, 28)
+    assert set(VIEWS["grey"][1](images, seeded()).unique().tolist()) <= {0, *images.unique().tolist()}
+    two = torch.full((64, 1, 28, 28), 200, dtype=torch.uint8)
+    assert VIEWS["grey"][1](two, seeded()).unique().tolist() == [0, 200]
+
+
+@pytest.mark.parametrize(("name", "call"), ALL, ids=[name for name, _ in ALL])
+@pytest.mark.parametrize(
+    ("n", "c", "h", "w"), [(1, 3, 14, 14), (7, 1, 28, 28), (3, 3, 33, 21), (2, 3, 224, 224), (0, 3, 8, 8)]
+)
+def test_shape_and_type_stay_for_any_batch(name, call, n, c, h, w):
+    images = photos(max(n, 1), c, h, w)[:n]
+    found = call(images, seeded())
+    assert found.shape == images.shape
+    assert found.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("name", "call"), ALL, ids=[name for name, _ in ALL])
+def test_each_image_has_draws_of_its_own(name, call):
+    images = photos(1).expand(100, 3, 32, 32)
+    assert len(call(images, seeded()).flatten(1).unique(dim=0)) > 30
+
+
+@pytest.mark.parametrize(("name", "call"), ALL, ids=[name for name, _ in ALL])
+def test_a_seed_fixes_every_bit_and_another_one_gives_other_images(name, call):
+    images = photos(60)
+    before, state = images.clone(), torch.get_rng_state()
+    found = call(images, seeded(5))
+    assert torch.equal(call(images, seeded(5)), found)
+    assert not torch.equal(call(images, seeded(6)), found)
+    assert not torch.equal(found, images)
+    assert torch.equal(images, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    generator = seeded(5)
+    assert torch.equal(call(images, generator), found)
+    assert not torch.equal(call(images, generator), found)
+
+
+@pytest.mark.parametrize(("name", "call"), ALL, ids=[name for name, _ in ALL])
+def test_no_image_depends_on_its_neighbours_content(name, call):
+    images, others = photos(60), photos(60, seed=1)
+    others[::7] = images[::7]
+    assert torch.equal(call(images, seeded())[::7], call(others, seeded())[::7])
+
+
+@pytest.mark.parametrize(("name", "call"), ALL, ids=[name for name, _ in ALL])
+def test_no_pixel_is_read_back_by_the_host(name, call):
+    # Tensors on "meta" have no content: whatever asks for a value of one, as `item` and masks do, fails.
+    found = call(torch.empty(40, 3, 32, 32, dtype=torch.uint8, device="meta"), seeded())
+    assert found.shape == (40, 3, 32, 32)
+
+
+@pytest.mark.parametrize(("name", "call"), ALL, ids=[name for name, _ in ALL])
+def test_normalised_images_are_refused_in_one_line(name, call):
+    with pytest.raises(DataError, match="before normalising") as error:
+        call(torch.rand(2, 3, 32, 32), seeded())
+    assert "\n" not in str(error.value)
