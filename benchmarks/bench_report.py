@@ -4,7 +4,7 @@ import csv
 import gc
 import io
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -35,18 +35,22 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 class Report:
     """The rows measured so far, as they stand in the CSV."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU, speedups: Collection[str] = ("round",)) -> None:
+        """Measured on `device`; in the benchmarks named by `speedups` a large ratio is to say that ours is quick."""
+        self.device, self.speedups = device, speedups
         self.rows: list[dict[str, Any]] = []
         self.about = environment("")
 
     def add(self, name: str, setting: str, unit: str, ours: Sequence[float], other: Sequence[float] = ()) -> None:
-        """Add a row of medians. The ratio is reference over ours for a round, else ours over reference."""
+        """Add a row of medians. The ratio is reference over ours for a speed-up, else ours over reference."""
         row: dict[str, Any] = {"benchmark": name, "setting": setting, "ours": statistics.median(ours), "unit": unit}
         if other:
-            ratios = [b / a if name == "round" else a / b for a, b in zip(ours, other, strict=True)]
+            ratios = [b / a if name in self.speedups else a / b for a, b in zip(ours, other, strict=True)]
             low, middle, high = statistics.quantiles(ratios if len(ratios) > 1 else ratios * 2, method="inclusive")
             row |= {"reference": statistics.median(other), "ratio": middle, "ratio_q1": low, "ratio_q3": high}
-        row |= {"n": len(ours), "device": describe(CPU).rpartition(",")[0], "threads": torch.get_num_threads()}
+        device = describe(self.device)
+        device = device.rpartition(",")[0] if self.device.type == "cpu" else device  # its threads have a column
+        row |= {"n": len(ours), "device": device, "threads": torch.get_num_threads()}
         commit = self.about["commit"] + ("-dirty" if self.about["dirty"] else "")
         self.rows.append(row | {"torch": torch.__version__, "commit": commit})
 

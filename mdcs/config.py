@@ -45,7 +45,7 @@ class DataConfig(Section):
         missing = [key for key, value in wanted.items() if value is None]
         if self.listed and missing:
             raise ValueError(f"a list data set needs {', '.join(missing)} as well")
-        surplus = [key for key, value in wanted.items() if value is not None and not self.listed]
+        surplus = [key for key, value in (wanted | {"relabel": self.relabel or None}).items() if value is not None]
         if self.listed:
             surplus = [k for k, v in (("imbalance_factor", self.imbalance_factor > 1), ("n_max", self.n_max)) if v]
         if surplus:
@@ -167,6 +167,12 @@ class ModelConfig(Section):
             raise ValueError(f"{value} is not 6 n + 2, as in 8, 14, 20, 26, 32")
         return value
 
+    @model_validator(mode="after")
+    def _of_the_large(self) -> "ModelConfig":
+        if self.name == "resnet_cifar" and (self.pretrained or self.share_stage3):
+            raise ValueError("pretrained and share_stage3 are for the large networks")
+        return self
+
 
 class OptimizerConfig(Section):
     """SGD; the weight decay is on all parameters."""
@@ -186,6 +192,13 @@ class StepSchedule(Section):
     factor: Positive = 0.1
     warmup_epochs: int = Field(0, ge=0)
     warmup: Literal["linear", "from_third"] = Field("linear", description="(e+1)/W, or from 1/3 to 1")
+
+    @field_validator("milestones")
+    @classmethod
+    def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError(f"{list(value)} do not rise")
+        return value
 
 
 class CosineSchedule(Section):
@@ -270,12 +283,6 @@ class Config(Section):
             )
         if isinstance(self.method, LdamDrwConfig | RideConfig) and self.deferred_epoch is None:
             raise ValueError(f"method.deferred_epoch: {self.method.name} needs it where no milestone stands for it")
-        if isinstance(self.schedule, StepSchedule) and list(self.schedule.milestones) != sorted(
-            set(self.schedule.milestones)
-        ):
-            raise ValueError(f"schedule.milestones: {list(self.schedule.milestones)} do not rise")
         if self.bn_views == "split" and self.views != "both":
             raise ValueError(f"bn_views: split needs two views, but {self.method.name} sees the {self.views} view")
-        if self.model.name == "resnet_cifar" and (self.model.pretrained or self.model.share_stage3):
-            raise ValueError("model: pretrained and share_stage3 are for the large networks")
         return self

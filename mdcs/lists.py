@@ -65,7 +65,8 @@ def check_images(files: FileSet, list_file: Path) -> None:
     missing = [index for index, path in enumerate(files.paths) if not os.path.exists(path)]
     if not missing:
         return
-    lines = [n for n, line in enumerate(longtail.read_file(list_file, "list file").splitlines(), 1) if line.strip()]
+    text = longtail.read_file(list_file, "list file").decode("utf-8", "replace")  # lines as `read_list` counts them
+    lines = [n for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     raise DataError(
         f"{list_file}:{lines[missing[0]]}: there is no {files.paths[missing[0]]} ({len(missing):,} of {len(files):,} "
         f"images are missing); complete the folder or mend data.image_root"

@@ -72,10 +72,10 @@ class Training:
         self.losses += self.meter.read()
         self.first_unread = self.step
 
-    def finish_epoch(self) -> dict[str, Any]:
-        """The epoch's loss and shares of confident images; the next epoch begins."""
+    def finish_epoch(self, counted: bool) -> dict[str, Any]:
+        """The epoch's loss and, if they were counted, the shares of confident images; the next epoch begins."""
         raw, adjusted = (self.confident / self.images).tolist()
-        seen = {"confident_raw": raw, "confident": adjusted} if any(adjusted) else {}
+        seen = {"confident_raw": raw, "confident": adjusted} if counted else {}
         facts = {
             "loss": sum(self.losses) / len(self.losses), "lr": self.optimizer.param_groups[0]["lr"],
             "images": self.images_here, **seen,

@@ -42,6 +42,7 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
         run.log("start", **problem.facts())
 
     forecast = Forecast(config.epochs)
+    counted = config.views == "both" and method.lambdas is not None  # whether there are confident images to count
     for epoch in run.steps(range(state.epoch, config.epochs), config.epochs, "epoch", state.epoch):
         began = time.monotonic()
         state.set_rate(learning_rate_factor(config.schedule, epoch, config.epochs))
@@ -62,16 +63,18 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
                 if state.step % SAVE_STEPS == 0:
                     state.read_losses()
                     run.save(state.snapshot())
-                run.check()
+                try:
+                    run.check()
+                except InterruptedRunError:  # from here alone is it between two steps; a second signal saves nothing
+                    state.read_losses()
+                    run.save(state.snapshot(), force=True)
+                    raise
             state.read_losses()
         except NotFiniteError as error:
             step = state.first_unread + error.step
-            raise run.not_finite(error, epoch=epoch + 1, seed=config.seed, images=batches[step].tolist()) from None
-        except InterruptedRunError:
-            state.read_losses()
-            run.save(state.snapshot(), force=True)
-            raise
-        run.log("epoch", epoch=epoch + 1, **state.finish_epoch(), seconds=time.monotonic() - began)
+            found = NotFiniteError(step, error.loss)  # the step of the epoch, not of the last look
+            raise run.not_finite(found, epoch=epoch + 1, seed=config.seed, images=batches[step].tolist()) from None
+        run.log("epoch", epoch=epoch + 1, **state.finish_epoch(counted), seconds=time.monotonic() - began)
         if (epoch + 1) % config.evaluate.every == 0 or epoch + 1 == config.epochs:
             log_evaluation(run, state, problem, config)
         run.save(state.snapshot())
@@ -147,8 +150,11 @@ def show(config: "Config", results: dict[str, Any], folder: Path) -> None:
 
 def dry_run(config: "Config") -> None:
     """Print what would run, with its size; train nothing."""
+    import torch
+
     from mdcs.problem import load_problem
     from mdcs.state import start
+    from shared.batches import split_batches
     from shared.config import dump
     from shared.gpu import describe, setup
 
@@ -158,12 +164,13 @@ def dry_run(config: "Config") -> None:
     model = start(config, problem, device).model
     parameters = sum(p.numel() for p in model.parameters())
     images, rows = sum(problem.class_counts), 2 if config.views == "both" else 1
+    steps = len(split_batches(torch.arange(images), config.batch_size))
     groups = ", ".join(f"{len(group)} {name}" for name, group in problem.groups._asdict().items())
     print(f"# device           {describe(device)}")
     print(f"# data             {images:,} images, {max(problem.class_counts):,} to {min(problem.class_counts)} a class "
           f"({groups}); {len(problem.test):,} to test")  # fmt: skip
     print(f"# parameters       {parameters:,} ({config.experts} expert{'s' if config.experts > 1 else ''})")
-    print(f"# steps            {config.epochs * -(-images // config.batch_size):,} of {config.batch_size} images, "
+    print(f"# steps            {config.epochs * steps:,} of {config.batch_size} images, "
           f"{rows * config.batch_size} rows, in {config.epochs} epochs")  # fmt: skip
     print(f"# memory           {4 * 4 * parameters / 2**20:.1f} MiB for the model in training, before activations")
 

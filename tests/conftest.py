@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ TINY = (
     "model.name=mlp", "data.n_max=30", "data.imbalance_factor=5", "clients={count: 3, alpha: 1.0, min_size: 5}",
     "optimizer={lr: 0.05, momentum: 0.5}", "rounds=2", "batch_size=8", "threads=1", "device=cpu",
     "evaluate={every: 1, last: 2, batch_size: 2000}",
+)  # fmt: skip
+TINY_MDCS = (
+    "data.n_max=16", "data.imbalance_factor=4", "model.width=2", "batch_size=24", "epochs=2",
+    "schedule={name: step, warmup_epochs: 1, milestones: [1]}", "evaluate={every: 1, batch_size: 5000}",
 )  # fmt: skip
 SMALL_METHODS = {
     "fedloge": "{name: fedloge, norm: 1.0, sparsity: 0.2, etf_steps: 50}",
@@ -68,6 +72,48 @@ def tiny_arguments(tiny_overrides: Callable[..., list[str]]) -> Callable[..., li
         return ["--config", "smoke", "--out", str(out), *tiny_overrides(method, *more)]
 
     return arguments
+
+
+@pytest.fixture(scope="session")
+def mdcs_config() -> Callable[..., Any]:
+    """The configuration of a run of mdcs in eight steps: (method, *more)."""
+    from mdcs.config import Config
+    from shared.config import load
+
+    def config(method: str = "mdcs", *more: str) -> Config:
+        overrides = [*TINY_MDCS, f"method={method}", *more]
+        return load(REPOSITORY / "mdcs" / "configs" / "smoke.yaml", Config, overrides)
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def mdcs_arguments() -> Callable[..., list[str]]:
+    """Arguments of `mdcs.train` for such a run: (out, method, *more)."""
+
+    def arguments(out: Path, method: str = "mdcs", *more: str) -> list[str]:
+        return ["--config", "smoke", "--out", str(out), *TINY_MDCS, f"method={method}", *more]
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def small_sets() -> dict[str, Any]:
+    """The embedded sample, read once, with every 25th of its test images: split -> images."""
+    from shared import data
+
+    test = data.load("sample", "test")
+    return {"train": data.load("sample", "train"), "test": data.take(test, range(0, len(test), 25))}
+
+
+@pytest.fixture(scope="module")
+def small_sample(small_sets: dict[str, Any]) -> Iterator[None]:
+    """In this module the embedded sample has 200 test images: evaluating them costs nothing."""
+    from shared import data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", lambda name, split, **_: small_sets[split])
+        yield
 
 
 @pytest.fixture(scope="session")
