@@ -21,7 +21,7 @@ class DataConfig(Section):
     subset_seed: int | None = Field(0, ge=0, lt=2**32, description="seed of the long-tailed subset (null: the run's)")
     image_size: int | None = Field(None, ge=8, description="pixels a side (default: as they are; 224 for image files)")
     mean: tuple[float, ...] = Field(min_length=1, max_length=4, description="channel means, of pixels in [0, 1]")
-    std: tuple[Positive, ...] = Field(min_length=1, max_length=4, description="channel deviations, in [0, 1]")
+    std: tuple[Positive, ...] = Field(max_length=4, description="channel deviations, in [0, 1]")
     augment: Literal["none", "grey", "cifar", "photo", "inaturalist"] = Field(description="the weak and strong views")
     download: bool = False
     train_list: str | None = Field(None, description="list file of the training images")

@@ -141,6 +141,7 @@ def test_a_resolved_configuration_reads_back_equal(name):
         ("milestones: [2, 3]", "milestones: [2, 2]", 10, r"schedule.milestones: \[2, 2\] do not rise"),
         ("width: 4", "width: 4, pretrained: a.pth", 7, "pretrained and share_stage3 are for the large networks"),
         ("width: 4", "width: 4, share_stage3: true", 7, "pretrained and share_stage3 are for the large networks"),
+        ("std: [0.353]", "std: []", 2, "mean has 1 channels and std 0"),
         ("lr: 0.05", "lr: 0", 9, "optimizer.lr: 0 must be above 0"),
         ("lr: 0.05", "lr: 0.05, momentum: 1", 9, "optimizer.momentum: 1 must be below 1"),
         ("method: mdcs", "method: {name: mdcs, lambdas: []}", 8, "method.lambdas"),
