@@ -45,6 +45,7 @@ def setup(device: str = "auto", threads: int = 0) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a tenth of a step; only reading it would show
     torch.set_float32_matmul_precision("highest")
     return torch.device(device)
 

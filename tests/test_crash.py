@@ -17,13 +17,23 @@ from shared.run import read_results
 # A process with the libraries loaded; for each line [arguments, die_at, kill_after] it trains in a forked child.
 # `die_at` is the number of the system call (of those that change files) before which the child kills itself.
 SERVER = """
-import contextlib, io, json, os, signal, sys, time
+import contextlib, importlib, io, json, os, signal, sys, time
 import torch
-import fedloge.algorithm, fedloge.eval, fedloge.federated, fedloge.problem, shared.run
-from fedloge.train import main
+import shared.data, shared.run
+
+train = importlib.import_module(sys.argv[1] + ".train")
+main, load = train.main, shared.data.load
+train.SAVE_STEPS = 1  # where a package looks at the clock now and then only
+
+def few_test_images(name, split, **named):
+    found = load(name, split, **named)
+    return found if split == "train" else shared.data.take(found, range(0, len(found), 25))
+
+if sys.argv[1] != "fedloge":
+    shared.data.load = few_test_images
 
 with contextlib.redirect_stdout(io.StringIO()):
-    main(json.loads(sys.argv[1]))  # the first training of a process is slow; its children inherit that it is over
+    main(json.loads(sys.argv[2]))  # the first training of a process is slow; its children inherit that it is over
 shared.run.SAVE_EVERY_SECONDS = 0
 
 def kill_at(number):
@@ -50,11 +60,15 @@ for line in sys.stdin:
 """
 
 
-class Trainer:
-    """Starts trainings in forked children and kills them."""
+PAPERS = ("fedloge", "mdcs")
+STATE = {"fedloge": ("round", 4), "mdcs": ("epoch", 3)}  # what a state counts, and how far the runs below go
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
+
+class Trainer:
+    """Starts trainings of a package in forked children and kills them."""
+
+    def __init__(self, paper: str, process: subprocess.Popen[str]) -> None:
+        self.paper, self.process = paper, process
 
     def run(self, arguments: list[str], die_at: int = 0, kill_after: float | None = None) -> int:
         """Train; returns the exit code (-9 if killed). `kill_after` seconds, or before the `die_at`-th call."""
@@ -63,20 +77,45 @@ class Trainer:
         print(json.dumps([arguments, die_at, kill_after]), file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())
 
+    def folder_of(self, out: Path) -> Path:
+        """The folder of the one run."""
+        (folder,) = (out / self.paper).iterdir()
+        return folder
 
-@pytest.fixture(scope="module")
-def trainer(repository, clean_environment, tiny_arguments, tmp_path_factory) -> Iterator[Trainer]:
-    warm_up = tiny_arguments(tmp_path_factory.mktemp("warm"), "fedloge")
-    command = [sys.executable, "-c", SERVER, json.dumps(warm_up)]
+    def assert_states_load(self, out: Path) -> bool:
+        """Whether there is a state; what there is must load."""
+        key, end = STATE[self.paper]
+        found = list(out.glob(f"{self.paper}/*/checkpoint/state.ckpt"))
+        for path in found:
+            assert load_state(path)["state"][key] <= end
+            if previous_of(path).exists():
+                load_state(previous_of(path))
+        assert found or not list(out.glob(f"{self.paper}/*/checkpoint/previous*"))
+        return bool(found)
+
+
+@pytest.fixture(scope="module", params=PAPERS)
+def trainer(request, repository, clean_environment, arguments_of, tmp_path_factory) -> Iterator[Trainer]:
+    warm_up = arguments_of[request.param](tmp_path_factory.mktemp("warm"))
+    command = [sys.executable, "-c", SERVER, request.param, json.dumps(warm_up)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=repository, env=clean_environment, text=True, **pipes) as process:
-        yield Trainer(process)
+        yield Trainer(request.param, process)
         process.stdin.close()
 
 
 @pytest.fixture(scope="module")
-def arguments(tiny_arguments) -> Callable[[Path], list[str]]:
-    return lambda out: tiny_arguments(out, "fedloge", "rounds=4")
+def arguments_of(tiny_arguments, mdcs_arguments) -> dict[str, Callable[..., list[str]]]:
+    """Of a package: the arguments of a run below a folder, of so many rounds or epochs."""
+    return {
+        "fedloge": lambda out, *more: tiny_arguments(out, "fedloge", "rounds=4", *more),
+        "mdcs": lambda out, *more: mdcs_arguments(out, "mdcs", "epochs=3", *more),
+    }
+
+
+@pytest.fixture(scope="module")
+def arguments(trainer, arguments_of) -> Callable[[Path], list[str]]:
+    return arguments_of[trainer.paper]
 
 
 @pytest.fixture(scope="module")
@@ -86,64 +125,52 @@ def expected(trainer, arguments, tmp_path_factory) -> tuple[str, float]:
     assert trainer.run(arguments(out / "first")) == 0  # it also waits for the libraries
     started = time.monotonic()
     assert trainer.run(arguments(out / "second")) == 0
-    return read_results(folder_of(out / "second"))["model_digest"], time.monotonic() - started
-
-
-def folder_of(out: Path) -> Path:
-    (folder,) = (out / "fedloge").iterdir()
-    return folder
-
-
-def assert_states_load(out: Path) -> bool:
-    """Whether there is a state; what there is must load."""
-    found = list(out.glob("fedloge/*/checkpoint/state.ckpt"))
-    for path in found:
-        assert load_state(path)["state"]["round"] <= 4
-        if previous_of(path).exists():
-            load_state(previous_of(path))
-    assert found or not list(out.glob("fedloge/*/checkpoint/previous*"))
-    return bool(found)
+    return read_results(trainer.folder_of(out / "second"))["model_digest"], time.monotonic() - started
 
 
 def assert_nothing_left_over(out: Path) -> None:
     assert [path.name for path in out.rglob("*.tmp")] == []
 
 
-def test_thirty_kills_at_random_moments_leave_states_that_load_and_runs_that_end_with_the_same_bits(
+def test_kills_at_random_moments_leave_states_that_load_and_runs_that_end_with_the_same_bits(
     tmp_path, trainer, arguments, expected
 ):
     digest, seconds = expected
+    wanted = {"fedloge": 30, "mdcs": 10}[trainer.paper]
     draws, kills, with_state, number = random.Random(0), 0, 0, 0
-    while kills < 30:
+    while kills < wanted:
         out = tmp_path / str(number)
         number += 1
         for _ in range(draws.randint(1, 4)):  # the same run may be killed several times
             code = trainer.run(arguments(out), kill_after=draws.uniform(0, seconds))
             assert code in (0, -signal.SIGKILL)
             kills += code != 0
-            with_state += assert_states_load(out)
+            with_state += trainer.assert_states_load(out)
         assert trainer.run(arguments(out)) == 0
-        assert read_results(folder_of(out))["model_digest"] == digest
+        assert read_results(trainer.folder_of(out))["model_digest"] == digest
         assert_nothing_left_over(out)
-    assert with_state > 5, "the kills must come when there is something to lose"
+    assert with_state > wanted / 6, "the kills must come when there is something to lose"
 
 
 def test_a_kill_before_a_call_that_changes_a_file_leaves_a_run_that_ends_with_the_same_bits(
-    tmp_path, trainer, tiny_arguments
+    tmp_path, trainer, arguments_of, tiny_arguments
 ):
     def arguments(name: str) -> list[str]:
-        return tiny_arguments(tmp_path / name, "fedavg", "rounds=2")
+        if trainer.paper == "fedloge":
+            return tiny_arguments(tmp_path / name, "fedavg", "rounds=2")
+        return arguments_of[trainer.paper](tmp_path / name, "epochs=2")
 
     assert trainer.run(arguments("whole")) == 0
-    digest = read_results(folder_of(tmp_path / "whole"))["model_digest"]
-    moments = [
-        *range(1, 15),
-        *range(15, 81, 8),
-    ]  # each at the start, where a folder comes to be; then some of each kind
+    digest = read_results(trainer.folder_of(tmp_path / "whole"))["model_digest"]
+    moments = {
+        # each at the start, where a folder comes to be; then some of each kind
+        "fedloge": [*range(1, 15), *range(15, 81, 8)],
+        "mdcs": [*range(15, 120, 13)],
+    }[trainer.paper]
     for moment in moments:
         out = tmp_path / str(moment)
         assert trainer.run(arguments(out.name), die_at=moment) == -signal.SIGKILL, f"no call {moment}"
-        assert_states_load(out)
+        trainer.assert_states_load(out)
         assert trainer.run(arguments(out.name)) == 0, f"killed before call {moment}"
-        assert read_results(folder_of(out))["model_digest"] == digest
+        assert read_results(trainer.folder_of(out))["model_digest"] == digest
         assert_nothing_left_over(out)

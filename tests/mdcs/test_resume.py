@@ -105,7 +105,7 @@ def test_the_tiny_run_has_the_steps_that_these_tests_count_on(tmp_path, mdcs_con
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, mdcs_config, never_stopped, case, steps):
     config = mdcs_config(*CASES[case])
     saved = stop(tmp_path / "run", config, steps)
-    assert (saved["epoch"], saved["step"]) == divmod(steps - 1, STEPS)[:1] + ((steps - 1) % STEPS + 1,)
+    assert (saved["epoch"], saved["step"]) == ((steps - 1) // STEPS, (steps - 1) % STEPS + 1)
     assert whole(tmp_path / "run", config) == never_stopped(case)
 
 
@@ -153,9 +153,10 @@ def test_a_run_that_was_killed_when_all_epochs_were_saved_only_evaluates(
     def killed(*_: Any) -> None:
         raise KilledError
 
-    with monkeypatch.context() as patch, pytest.raises(KilledError), Run(tmp_path / "run", config, "test") as run:
+    with monkeypatch.context() as patch:
         patch.setattr(train_module, "finish", killed)
-        train(config, run)
+        with pytest.raises(KilledError), Run(tmp_path / "run", config, "test") as run:
+            train(config, run)
     with StoppedRun(tmp_path / "run", config, 1) as run:  # it would stop in a step
         train(config, run)
     assert told(tmp_path / "run") == never_stopped("mdcs")
@@ -209,9 +210,10 @@ def test_a_second_signal_amid_a_step_leaves_the_last_saved_state_alone(
         self.optimizer.zero_grad()
         self.step += 1
 
-    with monkeypatch.context() as patch, pytest.raises(InterruptedRunError), Run(tmp_path / "run", config, "") as run:
+    with monkeypatch.context() as patch:
         patch.setattr(Training, "update", update)
-        train(config, run)
+        with pytest.raises(InterruptedRunError), Run(tmp_path / "run", config, "test") as run:
+            train(config, run)
     saved = load_state(run.state_path)["state"]
     assert (saved["epoch"], saved["step"], len(saved["losses"])) == (1, 1, 1)
     assert whole(tmp_path / "run", config) == never_stopped("mdcs")

@@ -1,0 +1,386 @@
+"""The study's plan, its jobs, its rows and its report; and one study from the command line to the pictures."""
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mdcs import reproduce
+from mdcs.claims import ALL_CLAIMS
+from mdcs.config import Config
+from mdcs.reproduce import CIFAR_ON_CPU, PLANS, Plan, Study, collect, constants, jobs_of, main, planned
+from mdcs.study import MAIN, SMOKE, STUDIES
+from mdcs.train import main as train_main
+from shared import report as shared_report
+from shared.claims import Comparison, Fact, judge
+from shared.cli import find_config
+from shared.config import dump, load
+from shared.errors import ConfigError
+from shared.study import Job, Outcome
+
+PICTURES = ("arms", "accuracy_by_class", "groups_by_epoch", "confident_by_epoch", "reliability")
+
+
+def asked(*arguments: str) -> list[Study]:
+    return planned(reproduce.parser().parse_args(arguments))
+
+
+def study_of(path: Path, out: Path, arms: Sequence[str] = ("mdcs", "dl_both"), seeds: int = 2) -> Study:
+    return Study(path, "main", {arm: MAIN[arm] for arm in arms}, seeds, True, out, True)
+
+
+@pytest.fixture(scope="module")
+def tiny_yaml(tmp_path_factory, mdcs_config) -> Path:
+    """The configuration of a run of one epoch, as a file."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(dump(mdcs_config("mdcs", "epochs=1", "evaluate.batch_size=5000")))
+    return path
+
+
+# The plan
+
+
+def test_the_scales_are_their_configurations_seeds_and_arms():
+    for scale in PLANS:
+        studies = asked("--scale", scale)
+        assert tuple(study.config_path.stem for study in studies) == PLANS[scale].configs
+        assert {study.seeds for study in studies} == {PLANS[scale].seeds}
+        assert {study.statistics for study in studies} == {scale != "smoke"}
+        assert all(study.arms == (SMOKE if scale == "smoke" else MAIN) for study in studies)
+        assert not any(study.partial for study in studies)
+
+
+def test_scales_with_statistics_have_the_seeds_that_a_verdict_needs():
+    assert all(plan.seeds >= 3 for plan in (*PLANS.values(), CIFAR_ON_CPU) if plan.statistics)
+
+
+def test_every_configuration_of_a_plan_is_there_and_each_seed_draws_its_own_training_set_in_mini():
+    for plan in (*PLANS.values(), CIFAR_ON_CPU):
+        for name in plan.configs:
+            load(find_config(name, "mdcs"), Config)
+    assert load(find_config("mini", "mdcs"), Config).data.subset_seed is None
+
+
+def test_cifar_on_a_cpu_has_its_own_few_arms_in_the_main_study_and_all_in_another():
+    (study,) = asked("--scale", "mini", "--config", "cifar10_lt_if100_cpu")
+    assert (tuple(study.arms), study.seeds, study.statistics) == (CIFAR_ON_CPU.arms, CIFAR_ON_CPU.seeds, True)
+    assert {"ce", "balanced_softmax"} <= set(study.arms)
+    (study,) = asked("--scale", "mini", "--config", "cifar10_lt_if100_cpu", "--study", "sweeps")
+    assert study.arms == STUDIES["sweeps"]
+
+
+def test_a_configuration_keeps_the_plan_of_its_scale_whatever_scale_is_asked(tiny_yaml):
+    (study,) = asked("--scale", "paper", "--config", "smoke")
+    assert (study.seeds, study.statistics, dict(study.arms)) == (1, False, SMOKE)
+    (study,) = asked("--scale", "smoke", "--config", str(tiny_yaml))
+    assert (study.seeds, study.statistics, dict(study.arms)) == (3, True, MAIN)
+
+
+def test_arms_and_seeds_can_be_chosen():
+    (study,) = asked("--scale", "smoke", "--methods", "cs_plain", "ce", "--seeds", "5")
+    assert (list(study.arms), study.seeds, study.partial) == (["cs_plain", "ce"], 5, True)
+    (study,) = asked("--scale", "mini", "--study", "views", "--methods", "ce_both")
+    assert study.arms == {"ce_both": ("method=ce", "method.views=both")}
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--scale", "huge"], "--scale huge"),
+    (["--scale", "smoke", "--study", "nothing"], "--study nothing: unknown; choose from main, views, sweeps"),
+    (["--scale", "smoke", "--methods", "mdcs", "alpha_0.3"], "--methods alpha_0.3: unknown; choose from mdcs, dl_both"),
+    (["--scale", "smoke", "--study", "sweeps", "--methods", "ce"], "--methods ce: unknown; choose from mdcs, cis_on"),
+    (["--scale", "smoke", "--seeds", "0"], "--seeds 0"),
+    (["--scale", "smoke", "--seeds", "-2"], "--seeds -2"),
+    (["--scale", "smoke", "--config", "nothing"], "nothing: there is no such configuration"),
+    (["--scale", "smoke", "--methods", "mdcs", "--publish"], "--publish: "),
+    (["--scale", "smoke", "--seeds", "1", "--publish"], "--publish: "),
+])  # fmt: skip
+def test_what_cannot_be_run_is_refused_with_exit_code_2_before_anything_is_written(arguments, said, tmp_path, capsys):
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_two_kinds_of_study_write_the_same_report():
+    folders = [
+        study.report_folder
+        for more in ((), ("--seeds", "2"))
+        for name in STUDIES
+        for study in asked("--scale", "paper", "--study", name, *more)
+    ]
+    assert len(set(folders)) == len(folders) == 12
+    assert folders[0] == Path("runs/mdcs/report-cifar100_lt_if100")
+
+
+# The jobs
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_jobs_have_folders_of_their_own_commands_that_load_and_seeds_outermost(name, tmp_path):
+    (study,) = asked("--scale", "mini", "--study", name, "--seeds", "2", "--out", str(tmp_path))
+    jobs = jobs_of(study)
+    assert len({job.folder for job in jobs}) == len({job.name for job in jobs}) == len(jobs)
+    assert [(job.seed, job.group) for job in jobs] == [(seed, arm) for seed in (0, 1) for arm in study.arms]
+    for job in jobs:
+        assert job.arguments[:4] == ("--config", "mdcs/configs/mini.yaml", "--out", str(tmp_path))
+        config = load(find_config(job.arguments[1], "mdcs"), Config, job.arguments[4:])
+        assert config == load(study.config_path, Config, [f"seed={job.seed}", *study.arms[job.group]])
+
+
+def test_the_folder_of_a_job_is_the_one_that_its_command_writes(tmp_path, tiny_yaml, small_sample):
+    study = study_of(tiny_yaml, tmp_path, ("cs_balanced",), seeds=1)
+    (job,) = jobs_of(study)
+    assert train_main(job.arguments) == 0
+    assert (job.folder / "results.json").exists()
+    assert [path.name for path in (tmp_path / "mdcs").iterdir()] == [job.folder.name]
+
+
+def test_studies_that_share_an_arm_share_its_runs(tmp_path):
+    main_study, views = (
+        asked("--scale", "mini", "--study", name, "--out", str(tmp_path))[0] for name in ("main", "views")
+    )
+    strong = next(job.folder for job in jobs_of(main_study) if job.group == "dl_strong")
+    assert strong == next(job.folder for job in jobs_of(views) if job.group == "dl_weak_strong")
+
+
+# The rows
+
+
+Trained = Callable[[Study], list[Job]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_yaml, small_sample) -> Trained:
+    """The jobs of a study, finished: seed 0 is trained, other seeds are its copies with their number in them."""
+    known: dict[str, Path] = {}
+
+    def finished(study: Study) -> list[Job]:
+        jobs = jobs_of(study)
+        for job in jobs:
+            if job.group not in known:
+                out = tmp_path_factory.mktemp("arm")
+                (first,) = jobs_of(study_of(tiny_yaml, out, (job.group,), seeds=1))
+                assert train_main(first.arguments) == 0
+                known[job.group] = first.folder
+            shutil.copytree(known[job.group], job.folder)
+            path = job.folder / "results.json"
+            results = json.loads(path.read_text())
+            path.write_text(json.dumps(results | {"seed": job.seed}))
+        return jobs
+
+    return finished
+
+
+def change_data(jobs: Sequence[Job]) -> None:
+    """As if each seed had drawn its own training set."""
+    for job in jobs:
+        path = job.folder / "results.json"
+        results = json.loads(path.read_text())
+        results["data"]["digests"]["train"] = f"of seed {job.seed}"
+        path.write_text(json.dumps(results))
+
+
+def test_rows_carry_the_name_of_the_arm_and_not_of_the_method(tmp_path, tiny_yaml, trained):
+    study = study_of(tiny_yaml, tmp_path)
+    rows = collect(study, trained(study), "the command")
+    assert {row.method for row in rows} == {"mdcs", "dl_both", "study"}
+    assert {row.seed for row in rows if row.method == "dl_both"} == {0, 1}
+    assert {(row.paper, row.config) for row in rows} == {("mdcs", "tiny")}
+
+
+def test_the_gain_of_distillation_is_a_row_for_each_seed(tmp_path, tiny_yaml, trained):
+    study = study_of(tiny_yaml, tmp_path)
+    figures = shared_report.figures_of(collect(study, trained(study), ""), "last_epoch")
+    left, right = (figures[f"{arm}/ensemble.accuracy"] for arm in ("mdcs", "dl_both"))
+    assert figures["study/cs_gain.diverse"] == {seed: left[seed] - right[seed] for seed in (0, 1)}
+    assert "study/cs_gain.balanced" not in figures
+
+
+@pytest.mark.parametrize(("seeds", "own_draws", "has"), [(3, True, True), (3, False, False), (2, True, False)])
+def test_variance_is_measured_where_three_seeds_or_more_have_their_own_training_sets(
+    tmp_path, tiny_yaml, trained, seeds, own_draws, has
+):
+    study = study_of(tiny_yaml, tmp_path, seeds=seeds)
+    jobs = trained(study)
+    if own_draws:
+        change_data(jobs)
+    figures = shared_report.figures_of(collect(study, jobs, ""), "last_epoch")
+    names = [f"{arm}/{who}.{kind}" for arm in study.arms for who in ("expert3", "ensemble")
+             for kind in ("variance", "bias")]  # fmt: skip
+    assert [name in figures for name in names] == [has] * len(names)
+    if has:  # the three are copies: none differs from their majority
+        assert figures["mdcs/ensemble.variance"] == {0: 0.0, 1: 0.0, 2: 0.0}
+
+
+def test_runs_that_have_not_finished_are_left_out(tmp_path, tiny_yaml, trained):
+    study = study_of(tiny_yaml, tmp_path)
+    jobs = trained(study)
+    (jobs[0].folder / "results.json").unlink()
+    rows = collect(study, jobs, "")
+    assert {row.seed for row in rows if row.method == "mdcs"} == {1}
+
+
+def test_a_study_of_which_nothing_finished_says_so(tmp_path, tiny_yaml):
+    study = study_of(tiny_yaml, tmp_path)
+    with pytest.raises(ConfigError, match="no run of the study has finished"):
+        collect(study, jobs_of(study), "")
+
+
+def test_the_constants_are_the_numbers_of_the_brief():
+    found = constants()
+    assert {name: value for name, value in found.items() if not name.startswith("example")} == {
+        "images.cifar10_if100": 12_406, "images.cifar100_if100": 10_847, "lambdas.mean": 1.0,
+        "parameters.cifar10": 770_896, "parameters.cifar100": 783_856,
+    }  # fmt: skip
+    assert found["example.epoch_1"] == pytest.approx(8.686548, abs=1e-6)
+    assert found["example.epoch_20"] == pytest.approx(8.808745, abs=1e-6)
+
+
+def test_every_figure_that_a_claim_names_is_measured_by_the_main_study(tmp_path, tiny_yaml, trained):
+    """A claim about a figure that nothing writes would say "not run at this scale" for ever."""
+    study = replace(study_of(tiny_yaml, tmp_path, tuple(MAIN), seeds=3), partial=False)
+    jobs = trained(study)
+    change_data(jobs)
+    figures = shared_report.figures_of(collect(study, jobs, ""), "last_epoch")
+    named = set()
+    for claim in ALL_CLAIMS:
+        if isinstance(claim, Comparison):
+            named |= {claim.left, *((claim.right,) if isinstance(claim.right, str) else claim.right)}
+        else:
+            named.add(claim.figure)
+    assert named <= set(figures), named - set(figures)
+    assert all(len(figures[name]) == 3 for name in named if not isinstance(name, Fact) and "study/" not in name)
+    assert all(judge(claim, figures).verdict != "not run at this scale" for claim in ALL_CLAIMS)
+    assert all(judge(c, figures).verdict == "reproduced" for c in ALL_CLAIMS if isinstance(c, Fact))
+
+
+# The command
+
+
+def nothing_drawn(folders: Sequence[tuple[str, Path]], out: Path) -> None:
+    """Instead of the pictures, which take a second."""
+    out.mkdir(parents=True, exist_ok=True)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch, small_sample) -> list[Job]:
+    """Jobs run here, one after the other, which costs less than a process each. Returns what has run."""
+    ran: list[Job] = []
+
+    def run_jobs(module: str, jobs: Sequence[Job], workers: int) -> dict[str, Outcome]:
+        assert module == "mdcs.train"
+        ran.extend(jobs)
+        return {job.name: Outcome(train_main(job.arguments), 0.1) for job in jobs}
+
+    monkeypatch.setattr("shared.study.run_jobs", run_jobs)
+    return ran
+
+
+def test_a_study_of_two_arms_and_three_seeds_leaves_table_verdicts_and_pictures(
+    tmp_path, tiny_yaml, in_this_process, monkeypatch, capsys
+):
+    command = ["--scale", "mini", "--config", str(tiny_yaml), "--methods", "mdcs", "dl_both", "--seeds", "3",
+               "--out", str(tmp_path / "out")]  # fmt: skip
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "tiny: 6 runs, 2 arms; 0 were finished before" in printed
+    folder = tmp_path / "out" / "mdcs" / "report-tiny-partial"
+    assert f"6 of 6 runs; report in {folder}" in printed
+    assert {path.name for path in folder.iterdir()} == {
+        "results.csv", "methods.md", "claims.md", "summary.md", "plots"
+    }  # fmt: skip
+    assert {path.name for path in (folder / "plots").iterdir()} == {
+        f"{n}.{k}" for n in PICTURES for k in ("png", "svg")
+    }
+    figures = shared_report.figures_of(shared_report.read_rows(folder / "results.csv"), "last_epoch")
+    assert set(figures["dl_both/ensemble.accuracy"]) == {0, 1, 2}
+    assert set(figures["mdcs/ensemble.variance"]) == {0, 1, 2}, "each seed has its own training set"
+    claims = (folder / "claims.md").read_text()
+    assert all(claim.text in claims for claim in ALL_CLAIMS)
+    (lifts,) = [line for line in claims.splitlines() if "lifts the ensemble, same views" in line]
+    assert "| 3 |" in lifts
+    assert claims.splitlines()[-1].endswith("not run at this scale |"), "what was not run comes last"
+    methods = (folder / "methods.md").read_text()
+    assert [line.split("|")[1].strip() for line in methods.splitlines() if line.startswith("| ")][2:] == [
+        "mdcs", "dl_both"
+    ]  # fmt: skip
+    assert "| MDCS, `tiny` |" in (folder / "summary.md").read_text()
+
+    before = (folder / "results.csv").read_bytes()
+    monkeypatch.setattr("mdcs.plots.draw", nothing_drawn)
+    assert main(command) == 0
+    assert "6 were finished before" in capsys.readouterr().out
+    assert (folder / "results.csv").read_bytes() == before
+
+
+def test_a_study_with_a_failed_run_reports_the_others_and_ends_with_exit_code_1(
+    tmp_path, tiny_yaml, in_this_process, monkeypatch, capsys
+):
+    real = train_main
+
+    def failing(arguments: Sequence[str]) -> int:
+        return 1 if "seed=1" in arguments else real(arguments)
+
+    command = ["--scale", "mini", "--config", str(tiny_yaml), "--methods", "ce", "--out", str(tmp_path)]
+    monkeypatch.setattr("mdcs.plots.draw", nothing_drawn)
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "train_main", failing)
+        assert main([*command, "--seeds", "2"]) == 1
+    assert "1 of 2 runs; report in" in capsys.readouterr().out
+    assert main([*command, "--seeds", "2"]) == 0
+    assert "2 of 2 runs; report in" in capsys.readouterr().out
+
+
+def test_a_study_runs_in_processes_of_its_own(tmp_path, tiny_yaml, monkeypatch, capsys):
+    monkeypatch.setattr("mdcs.plots.draw", nothing_drawn)
+    command = ["--scale", "mini", "--config", str(tiny_yaml), "--methods", "ce", "dl_weak", "--seeds", "1"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert "2 of 2 runs; report in" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "mdcs" / "logs").iterdir()} == {"tiny-ce-s0.txt", "tiny-dl-s0.txt"}
+
+
+def test_another_study_than_the_main_one_has_a_table_and_no_verdicts(tmp_path, tiny_yaml, in_this_process, monkeypatch):
+    monkeypatch.setattr("mdcs.plots.draw", nothing_drawn)
+    command = ["--config", str(tiny_yaml), "--study", "sweeps", "--methods", "experts_4", "--seeds", "1"]
+    assert main([*command, "--scale", "mini", "--out", str(tmp_path)]) == 0
+    folder = tmp_path / "mdcs" / "report-tiny-sweeps-partial"
+    assert {path.name for path in folder.iterdir()} == {"results.csv", "methods.md", "plots"}
+    assert "| E4 |" in (folder / "methods.md").read_text()
+
+
+def test_only_a_whole_study_is_published_and_under_its_configuration_s_name(
+    tmp_path, tiny_yaml, in_this_process, monkeypatch
+):
+    monkeypatch.setattr("mdcs.plots.draw", nothing_drawn)
+    monkeypatch.setattr(reproduce, "REPOSITORY", tmp_path / "repository")
+    monkeypatch.setitem(PLANS, "smoke", Plan((str(tiny_yaml),), 1, statistics=False))
+    monkeypatch.setattr("mdcs.study.SMOKE", {"ce": MAIN["ce"]})
+    assert main(["--scale", "smoke", "--publish", "--out", str(tmp_path / "out")]) == 0
+    published = tmp_path / "repository" / "results" / "mdcs" / "tiny"
+    assert {path.name for path in published.iterdir()} == {
+        "results.csv", "methods.md", "claims.md", "summary.md", "plots"
+    }  # fmt: skip
+    text = (published / "claims.md").read_text()
+    assert text.count("not run at this scale") == sum(isinstance(claim, Comparison) for claim in ALL_CLAIMS)
+
+
+def test_the_arguments_are_described(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(option in printed for option in ("--scale", "--study", "--methods", "--seeds", "--publish"))
+    assert isinstance(reproduce.parser(), argparse.ArgumentParser)
+
+
+def test_results_of_every_run_name_its_arm_in_the_report_s_order(tmp_path, tiny_yaml, trained):
+    study = study_of(tiny_yaml, tmp_path, ("ce", "mdcs"), seeds=1)
+    rows: list[Any] = collect(study, trained(study), "")
+    assert list(dict.fromkeys(row.method for row in rows)) == ["ce", "mdcs", "study"]
