@@ -3,10 +3,8 @@
 Nothing of them is shipped: their images are under their own terms. The README says what to put where.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -54,23 +52,6 @@ def check_known(name: str, train: FileSet, test: FileSet) -> None:
                 f"{name}: {getattr(found, key):,} {text}, but this data set has {getattr(wanted, key):,}; take the "
                 f"official lists, or data.name=list for lists of your own"
             )
-
-
-def check_images(files: FileSet, list_file: Path) -> None:
-    """Every image of a list must be there.
-
-    Raises:
-        DataError: `list:line` of the first that is missing, and how many are.
-    """
-    missing = [index for index, path in enumerate(files.paths) if not os.path.exists(path)]
-    if not missing:
-        return
-    text = longtail.read_file(list_file, "list file").decode("utf-8", "replace")  # lines as `read_list` counts them
-    lines = [n for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    raise DataError(
-        f"{list_file}:{lines[missing[0]]}: there is no {files.paths[missing[0]]} ({len(missing):,} of {len(files):,} "
-        f"images are missing); complete the folder or mend data.image_root"
-    )
 
 
 def by_count(counts: Sequence[int]) -> list[int]:

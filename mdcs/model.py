@@ -64,14 +64,24 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, before, H, W] -> [N, after, ceil(H / stride), ceil(W / stride)]."""
         y = functional.relu(self.bn1(self.conv1(x)), inplace=True)
-        return functional.relu(self.bn2(self.conv2(y)) + self.shortcut(x), inplace=True)
+        return functional.relu(self.bn2(self.conv2(y)).add_(self.shortcut(x)), inplace=True)
 
     def shortcut(self, x: Tensor) -> Tensor:
         """Every `stride`-th pixel, with channels of zeros before and after the old ones."""
         if self.stride == 1 and self.added == 0:
             return x
         first = self.added // 2
-        return functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, first, self.added - first))
+        # A pool of one pixel: the gradient of a slice is not channels_last, and slows down all that comes before it.
+        pixels = functional.avg_pool2d(x, 1, self.stride)
+        return functional.pad(pixels, (0, 0, 0, 0, first, self.added - first))
+
+
+class GlobalAverage(nn.Module):
+    """The mean over all pixels: [N, D, H, W] -> [N, D]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As AdaptiveAvgPool2d(1) and flatten, but the gradient keeps the layout of x."""
+        return functional.avg_pool2d(x, x.shape[-2:]).flatten(1)
 
 
 class MultiExpert(nn.Module):
@@ -194,8 +204,7 @@ def _cifar_parts(architecture: Architecture) -> tuple[_Parts, int]:
         "layer1": functools.partial(_basic_stage, width, width, blocks, 1),
         "layer2": functools.partial(_basic_stage, width, second, blocks, 2),
         "layer3": functools.partial(_basic_stage, second, third, blocks, 2),
-        "avgpool": functools.partial(nn.AdaptiveAvgPool2d, 1),
-        "flatten": nn.Flatten,
+        "avgpool": GlobalAverage,
     }, third
 
 
@@ -216,7 +225,7 @@ def _imagenet_parts(architecture: Architecture) -> tuple[_Parts, int]:
             _bottleneck_stage, before, planes, blocks, stride, groups=groups, base_width=base_width
         )
         before = 4 * planes
-    return {**parts, "avgpool": functools.partial(nn.AdaptiveAvgPool2d, 1), "flatten": nn.Flatten}, before
+    return {**parts, "avgpool": GlobalAverage}, before
 
 
 def _basic_stage(before: int, after: int, blocks: int, stride: int) -> nn.Sequential:

@@ -177,13 +177,18 @@ def load_folder(root: Path | str, split: Split = "train", classes: Sequence[str]
 def load_list(
     list_file: Path | str, image_root: Path | str, num_classes: int | None = None, split: Split = "train"
 ) -> FileSet:
-    """Images named by a list of "path label" lines; `num_classes` is the highest label + 1 where not given."""
-    paths, labels = read_list(list_file, num_classes)
-    first = Path(image_root) / paths[0]
-    if not first.is_file():
-        raise DataError(f"{first}: no such image, the first of {list_file}; do its paths start at {image_root}?")
+    """Images named by a list of "path label" lines; `num_classes` is the highest label + 1 where not given.
+
+    Raises DataError as `read_list`, and with the line of the first image that is not there.
+    """
+    (paths, labels), root = read_list(list_file, num_classes), Path(image_root)
+    if missing := [i for i, name in enumerate(paths) if not os.path.isfile(os.path.join(root, name))]:
+        text = read_file(Path(list_file), "list file").decode("utf-8", "replace")
+        line = [number for number, line in enumerate(text.splitlines(), 1) if line.strip()][missing[0]]
+        found = f"there is no {root / paths[missing[0]]} ({len(missing):,} of {len(paths):,} images are missing)"
+        raise DataError(f"{list_file}:{line}: {found}; do the list's paths start at {root}?")
     classes = tuple(str(c) for c in range(num_classes or max(labels) + 1))
-    return _file_set(Path(image_root), paths, labels, classes, Path(list_file).name.split(".")[0], split)
+    return _file_set(root, paths, labels, classes, Path(list_file).name.split(".")[0], split)
 
 
 def open_rgb(path: Path) -> "Image.Image":

@@ -61,7 +61,7 @@ for line in sys.stdin:
 
 
 PAPERS = ("fedloge", "mdcs")
-STATE = {"fedloge": ("round", 4), "mdcs": ("epoch", 3)}  # what a state counts, and how far the runs below go
+STATE = {"fedloge": ("round", 4), "mdcs": ("epoch", 2)}  # what a state counts, and how far the runs below go
 
 
 class Trainer:
@@ -109,7 +109,7 @@ def arguments_of(tiny_arguments, mdcs_arguments) -> dict[str, Callable[..., list
     """Of a package: the arguments of a run below a folder, of so many rounds or epochs."""
     return {
         "fedloge": lambda out, *more: tiny_arguments(out, "fedloge", "rounds=4", *more),
-        "mdcs": lambda out, *more: mdcs_arguments(out, "mdcs", "epochs=3", *more),
+        "mdcs": lambda out, *more: mdcs_arguments(out, "mdcs", *more),
     }
 
 
@@ -136,7 +136,7 @@ def test_kills_at_random_moments_leave_states_that_load_and_runs_that_end_with_t
     tmp_path, trainer, arguments, expected
 ):
     digest, seconds = expected
-    wanted = {"fedloge": 30, "mdcs": 10}[trainer.paper]
+    wanted = {"fedloge": 30, "mdcs": 8}[trainer.paper]
     draws, kills, with_state, number = random.Random(0), 0, 0, 0
     while kills < wanted:
         out = tmp_path / str(number)
@@ -158,14 +158,14 @@ def test_a_kill_before_a_call_that_changes_a_file_leaves_a_run_that_ends_with_th
     def arguments(name: str) -> list[str]:
         if trainer.paper == "fedloge":
             return tiny_arguments(tmp_path / name, "fedavg", "rounds=2")
-        return arguments_of[trainer.paper](tmp_path / name, "epochs=2")
+        return arguments_of[trainer.paper](tmp_path / name)
 
     assert trainer.run(arguments("whole")) == 0
     digest = read_results(trainer.folder_of(tmp_path / "whole"))["model_digest"]
     moments = {
         # each at the start, where a folder comes to be; then some of each kind
         "fedloge": [*range(1, 15), *range(15, 81, 8)],
-        "mdcs": [*range(15, 120, 13)],
+        "mdcs": [*range(20, 120, 17)],
     }[trainer.paper]
     for moment in moments:
         out = tmp_path / str(moment)

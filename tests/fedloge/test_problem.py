@@ -245,7 +245,7 @@ def test_a_list_without_an_image_of_a_class_is_refused(image_lists):
 def test_a_list_with_a_label_out_of_range_or_a_missing_image_is_refused(image_lists):
     with pytest.raises(DataError, match=r"outside 0\.\.1"):
         load_problem(lists("data.num_classes=2"), CPU)
-    with pytest.raises(DataError, match="no such image"):
+    with pytest.raises(DataError, match=r"txt:1: there is no "):
         load_problem(lists("data.image_root=elsewhere"), CPU)
 
 
