@@ -153,9 +153,10 @@ def run_eval(arguments: Sequence[str]) -> int:
     config = load(asked.run / "config.yaml", Config)
     device = setup(asked.device if asked.device != "auto" else config.device, config.threads)
     problem = load_problem(config, device)
-    if list(problem.class_counts) != results["data"]["class_counts"]:
+    stated_data = results.get("data") or {}
+    if list(problem.class_counts) != stated_data.get("class_counts"):
         raise RunError(f"{asked.run}: was trained on other class counts than the data has now; groups would be wrong")
-    if problem.digests != results["data"]["digests"]:
+    if problem.digests != stated_data.get("digests"):
         raise RunError(f"{asked.run}: the data is not what the run was trained on")
     model, epoch = load_network(asked.run, config, problem, device)
     figures = evaluate(model, problem, config).figures

@@ -146,5 +146,6 @@ class Forecast:
             self.began = time.monotonic()
         elif self.steps == FORECAST_STEPS:
             step = (time.monotonic() - self.began) / measured
-            minutes = step * steps_an_epoch * self.epochs / 60
-            print(f"forecast: {1000 * step:.0f} ms a step, {minutes:.1f} min for {self.epochs} epochs", flush=True)
+            seconds = step * steps_an_epoch * self.epochs
+            whole = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+            print(f"forecast: {1000 * step:.0f} ms a step, {whole} for {self.epochs} epochs", flush=True)

@@ -7,7 +7,7 @@ of a batch depend on the seed, the epoch and the batch's place alone, so an epoc
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from mdcs.augment import VIEWS
 from mdcs.config import Views
@@ -18,6 +18,16 @@ from shared.gpu import stream
 GROUP_IMAGES = 2048  # augmented at once where the images are in memory: fewer calls, each on more images
 
 Names = tuple[str | int, ...]  # of a random stream, beside the seed
+
+
+def chosen(views: Views, weak: Augment, strong: Augment) -> dict[str, Augment]:
+    """The views that a method sees. Each draws for itself: a strong view is the same beside a weak one and alone."""
+    return {view: augment for view, augment in (("weak", weak), ("strong", strong)) if views in (view, "both")}
+
+
+def crop_draws(n: int, generators: Sequence[Generator]) -> Tensor:
+    """What `random_resized_crop` needs for n images and one part a generator: uniform [n, parts, 11, 4]."""
+    return torch.stack([torch.rand(n, 11, 4, generator=own) for own in generators], dim=1)
 
 
 class ResidentViews(Resident):
@@ -36,11 +46,10 @@ class ResidentViews(Resident):
         for start in range(first - first % per_group, len(batches), per_group):
             group = list(batches[start : start + per_group])
             indices, sizes = torch.cat(group).to(self.labels.device), [len(part) for part in group]
-            images, draws = self.images[indices], stream(seed, *names, start)
+            images = self.images[indices]
             made = [
-                torch.split(self._normalised(augment(images, draws)), sizes)
-                for view, augment in (("weak", self.weak), ("strong", self.strong))
-                if views in (view, "both")
+                torch.split(self._normalised(augment(images, stream(seed, *names, view, start))), sizes)
+                for view, augment in chosen(views, self.weak, self.strong).items()
             ]
             labels = torch.split(self.labels[indices], sizes)
             for k in range(max(0, first - start), len(group)):
@@ -62,18 +71,15 @@ class FileViews(Files):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """As `ResidentViews.epoch`."""
         run = self._pool.map if self._pool else map
-        streams = [stream(seed, *names, k) for k in range(first, len(batches))]
-        parts = 2 if views == "both" else 1
+        augments = chosen(views, self.weak, self.strong)
+        streams = [[stream(seed, *names, view, k) for view in augments] for k in range(first, len(batches))]
         jobs = (
-            (indices, run(self._decode_parts, indices.tolist(), torch.rand(len(indices), parts, 11, 4, generator=s)))
-            for indices, s in zip(batches[first:], streams, strict=True)
+            (indices, run(self._decode_parts, indices.tolist(), crop_draws(len(indices), own)))
+            for indices, own in zip(batches[first:], streams, strict=True)
         )
-        for (pixels, labels), draws in zip(self._collected(jobs), streams, strict=True):
-            images = [augment(pixels[:, k], draws) for k, augment in enumerate(self._augments(views))]
-            yield self._normalised(torch.cat(images)), labels
-
-    def _augments(self, views: Views) -> list[Augment]:
-        return {"weak": [self.weak], "strong": [self.strong], "both": [self.weak, self.strong]}[views]
+        for (pixels, labels), own in zip(self._collected(jobs), streams, strict=True):
+            made = zip(augments.values(), pixels.unbind(1), own, strict=True)
+            yield self._normalised(torch.cat([augment(images, draws) for augment, images, draws in made])), labels
 
     def _decode_parts(self, index: int, draws: Tensor) -> Tensor:
         """uint8 [parts, 3, size, size]."""

@@ -77,7 +77,8 @@ def run_jobs(module: str, jobs: Sequence[Job], workers: int = 0) -> dict[str, Ou
     """
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", module])
+    # A process that asks torch for determinism loads the compiler, a second each: load it once for all.
+    context.set_forkserver_preload(["torch", "torch._inductor", module])
     waiting, running, outcomes = list(jobs), list[_Running](), dict[str, Outcome]()
     display = _Display(len(jobs))
     with _surroundings(), display.bar:

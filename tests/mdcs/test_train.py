@@ -459,6 +459,26 @@ def test_a_signal_that_comes_with_a_nan_not_yet_looked_at_saves_no_state_and_tel
     assert not run.state_path.exists()
 
 
+def test_a_nan_after_going_on_within_an_epoch_is_told_with_the_step_and_images_of_that_epoch(
+    tmp_path, mdcs_config, poisoned, monkeypatch
+):
+    config, steps = mdcs_config(), iter(range(1, 100))
+
+    def check(run: Run[Any]) -> None:
+        if next(steps) == STEPS + 1:
+            raise InterruptedRunError(2, run.folder)
+
+    monkeypatch.setattr(Run, "check", check)
+    with pytest.raises(InterruptedRunError), Run(tmp_path / "run", config, "test") as run:
+        train(config, run)
+    poisoned(2)
+    with pytest.raises(RunError, match="step 2"), Run(tmp_path / "run", config, "test") as run:
+        train(config, run)
+    bundle = json.loads((tmp_path / "run" / "not_finite.json").read_text())
+    order = epoch_order(len(problem_module.load_problem(config, CPU).train), stream(0, "order", 1))
+    assert (bundle["epoch"], bundle["images"]) == (2, split_batches(order, 24)[2].tolist())
+
+
 # The forecast
 
 
@@ -473,7 +493,7 @@ def test_the_forecast_is_of_the_steps_after_the_first_ten_and_comes_once(monkeyp
     clock = iter([100.0, 105.0])
     for _ in range(20):
         forecast.tick(steps_an_epoch=50)
-    assert capsys.readouterr().out == "forecast: 500 ms a step, 5.0 min for 12 epochs\n"
+    assert capsys.readouterr().out == "forecast: 500 ms a step, 5 min for 12 epochs\n"
 
 
 def test_a_run_of_fewer_steps_has_no_forecast(tmp_path, mdcs_config, capsys):

@@ -351,9 +351,7 @@ def test_a_list_file_joins_its_paths_to_the_image_root(tmp_path):
     assert found.labels.tolist() == [4, 0]
     assert len(found.classes) == 5
     assert len(load_list(tmp_path / "train.txt", tmp_path / "images", num_classes=9).classes) == 9
-    with pytest.raises(
-        DataError, match=r"train.txt:1: there is no .*2 of 2 images are missing.; do the list's paths start at"
-    ):
+    with pytest.raises(DataError, match=r"train.txt:1: there is no .*2 of 2 images are missing"):
         load_list(tmp_path / "train.txt", tmp_path)
 
 
