@@ -72,7 +72,8 @@ def build_method(config: Config, class_counts: Sequence[int], device: torch.devi
     if isinstance(method, LdamDrwConfig | RideConfig):
         return Method(deferred_loss(config, method, counts))
     if isinstance(method, SadeConfig):
-        return Method(lambda z, y, epoch: baselines.sade_loss(z, of_all_views(y, z), log_prior, method.tau))
+        tau = config.sade_tau
+        return Method(lambda z, y, epoch: baselines.sade_loss(z, of_all_views(y, z), log_prior, tau))
     if isinstance(method, BalPoeConfig):
         taus = torch.tensor(method.taus, device=device)
         return Method(lambda z, y, epoch: baselines.balpoe_loss(z, of_all_views(y, z), log_prior, taus))

@@ -29,7 +29,7 @@ class DataConfig(Section):
     image_root: str | None = Field(None, description="folder that the list files' paths start from")
     num_classes: int | None = Field(None, ge=2, description="number of classes of the list files")
     relabel: bool = Field(False, description="number the classes by descending training count, as Places-LT has it")
-    workers: int = Field(8, ge=1, description="threads that decode image files")
+    workers: int = Field(8, ge=0, description="threads that decode image files; 0 decodes between the steps")
 
     @property
     def listed(self) -> bool:
@@ -120,7 +120,9 @@ class SadeConfig(Section):
     """Zhang et al. 2022, without test-time training."""
 
     name: Literal["sade"]
-    tau: float = Field(2.0, ge=0, description="weight of the inverse prior in the third expert")
+    tau: float | None = Field(
+        None, ge=0, description="weight of the inverse prior in the third expert (default: 2; Places-LT, iNaturalist 1)"
+    )
     views: Views = "weak"
 
 
@@ -128,8 +130,16 @@ class BalPoeConfig(Section):
     """The loss of Aimar et al. 2023; without its mixup."""
 
     name: Literal["balpoe"]
-    taus: tuple[float, ...] = Field((0.0, 1.0, 2.0), min_length=1)
+    taus: tuple[float, ...] = Field((0.0, 1.0, 2.0), min_length=1, description="their mean must be 1")
     views: Views = "weak"
+
+    @field_validator("taus")
+    @classmethod
+    def _balanced(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        mean = sum(value) / len(value)
+        if abs(mean - 1) > 1e-6:
+            raise ValueError(f"{list(value)} has mean {mean:g}; the ensemble is balanced only where it is 1")
+        return value
 
 
 class NclConfig(Section):
@@ -228,7 +238,7 @@ class Config(Section):
     schedule: ScheduleConfig
     epochs: int = Field(ge=1, description="passes over the training images")
     batch_size: int = Field(ge=1, description="images a step; each stands in as many views as the method has")
-    bn_views: Literal["joint", "split"] = Field("joint", description="whether the views share batch statistics")
+    bn_views: Literal["joint", "split"] = Field("joint", description="whether two views share batch statistics")
     seed: int = Field(0, ge=0, lt=2**32)
     evaluate: EvaluateConfig = EvaluateConfig()
     device: str = "auto"
@@ -260,6 +270,12 @@ class Config(Section):
         return 3 if isinstance(method, SadeConfig) else 1
 
     @property
+    def sade_tau(self) -> float:
+        """SADE's own values: 2 for CIFAR and ImageNet-LT, 1 for the other two."""
+        own = self.method.tau if isinstance(self.method, SadeConfig) else None
+        return own if own is not None else 1.0 if self.data.name in ("places_lt", "inaturalist18") else 2.0
+
+    @property
     def deferred_epoch(self) -> int | None:
         """The last epoch without class weights, where the method has them; None where nothing says it."""
         own = self.method.deferred_epoch if isinstance(self.method, LdamDrwConfig | RideConfig) else None
@@ -278,11 +294,10 @@ class Config(Section):
     def _fits(self) -> "Config":
         if self.model.experts not in (None, self.experts):
             raise ValueError(
-                f"model.experts is {self.model.experts}, but method {self.method.name} has {self.experts} "
-                f"(one a lambda); make them equal or leave model.experts out"
+                f"model.experts is {self.model.experts}, but method {self.method.name} has {self.experts}"
+                f"{' (one a lambda)' if isinstance(self.method, MdcsConfig | DlConfig) else ''}; make them equal "
+                f"or leave model.experts out"
             )
         if isinstance(self.method, LdamDrwConfig | RideConfig) and self.deferred_epoch is None:
             raise ValueError(f"method.deferred_epoch: {self.method.name} needs it where no milestone stands for it")
-        if self.bn_views == "split" and self.views != "both":
-            raise ValueError(f"bn_views: split needs two views, but {self.method.name} sees the {self.views} view")
         return self

@@ -14,7 +14,7 @@ from torch import Tensor
 from mdcs import measures
 from mdcs.algorithm import architecture
 from mdcs.config import Config
-from mdcs.model import MultiExpert, build_model
+from mdcs.model import MultiExpert, build_model, laid_out, place
 from mdcs.problem import Problem, load_problem
 from shared import metrics
 from shared.checkpoint import load_model
@@ -59,7 +59,7 @@ def run_network(model: MultiExpert, problem: Problem, config: Config) -> Outputs
     parts: list[tuple[Tensor, Tensor]] = []
     for images, _ in problem.test.evaluate(config.evaluate.batch_size):
         with autocast(device, config.precision):
-            logits = model(images).float()  # [n, E, C]
+            logits = model(laid_out(images, config.precision)).float()  # [n, E, C]
         kl += measures.pairwise_kl(logits)
         everyone = torch.cat([logits, logits.mean(dim=1, keepdim=True)], dim=1)  # the ensemble: mean of raw logits
         confidence, predictions = everyone.softmax(dim=-1).max(dim=-1)
@@ -126,7 +126,7 @@ def load_network(folder: Path, config: Config, problem: Problem, device: torch.d
     if set(wanted) != set(tensors) or any(wanted[name].shape != tensors[name].shape for name in wanted):
         raise CheckpointError(f"{folder / 'model'}: holds another network than the run's configuration describes")
     model.load_state_dict(tensors)
-    return model.to(device), int(description["epoch"])
+    return place(model, config.precision, device), int(description["epoch"])
 
 
 def compare(stated: Figures, found: Figures) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shared.errors import ConfigError
+from shared.gpu import Precision, resolve_precision
 
 _BLOCKS = {"resnet50": (3, 4, 6, 3), "resnext50": (3, 4, 6, 3), "resnet152": (3, 8, 36, 3)}  # of the four stages
 _Parts = dict[str, Callable[[], nn.Module]]  # makers of a network's layers, in the order in which they run
@@ -48,6 +49,15 @@ class CosineClassifier(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             directions = functional.normalize(features.to(self.weight.dtype), eps=1e-12)
             return self.scale * functional.linear(directions, functional.normalize(self.weight, eps=1e-12))
+
+
+class LinearClassifier(nn.Linear):
+    """Logits W features + b."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits [N, C] of features [N, D]; in the weights' precision, as the cosine classifier's."""
+        with torch.autocast(features.device.type, enabled=False):
+            return functional.linear(features.to(self.weight.dtype), self.weight, self.bias)
 
 
 class BasicBlock(nn.Module):
@@ -133,7 +143,7 @@ def build_model(architecture: Architecture, seed: int) -> MultiExpert:
         def chain(chosen: list[str]) -> nn.Sequential:
             return nn.Sequential(OrderedDict((name, parts[name]()) for name in chosen))
 
-        head = CosineClassifier if architecture.classifier == "cosine" else nn.Linear
+        head = CosineClassifier if architecture.classifier == "cosine" else LinearClassifier
         model = MultiExpert(
             chain(names[:split]),
             [chain(names[split:]) for _ in range(architecture.experts)],
@@ -144,6 +154,22 @@ def build_model(architecture: Architecture, seed: int) -> MultiExpert:
                 # N(0, 2 / (k k in)) or N(0, 2 / (k k out)); in and out channels, the latter of all groups together
                 nn.init.kaiming_normal_(module.weight, mode="fan_in" if cifar else "fan_out")
     return model
+
+
+def laid_out(images: Tensor, precision: Precision) -> Tensor:
+    """Images [N, C, H, W] in the order of bytes that is quickest for the precision on their device."""
+    return images.contiguous(memory_format=_memory_format(precision, images.device))
+
+
+def place(model: MultiExpert, precision: Precision, device: torch.device) -> MultiExpert:
+    """Move a network to the device, its weights in the same order of bytes as the images: it decides the last bits."""
+    return model.to(device=device, memory_format=_memory_format(precision, device))  # type: ignore[call-overload,no-any-return]
+
+
+def _memory_format(precision: Precision, device: torch.device) -> torch.memory_format:
+    # On a CPU float32 wants the plain order: channels_last is ten times slower there.
+    bfloat16 = resolve_precision(precision, device) == "bfloat16"
+    return torch.channels_last if bfloat16 else torch.contiguous_format
 
 
 @contextlib.contextmanager

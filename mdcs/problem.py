@@ -106,7 +106,7 @@ def listed_sets(config: DataConfig) -> tuple[FileSet, FileSet, list[int] | None]
 
 
 def thirds(counts: list[int]) -> dict[str, tuple[int, ...]]:
-    """Classes by descending training count in three parts, of 3, 4 and 3 for ten: a group that is never empty."""
+    """Classes by descending training count in three parts: 3, 4 and 3 of ten; none is empty from three classes on."""
     order = lists.by_count(counts)
     first, second = round(len(order) / 3), round(2 * len(order) / 3)
     parts = {"head": order[:first], "middle": order[first:second], "tail": order[second:]}

@@ -14,6 +14,7 @@ from shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from mdcs.study import Arms
+    from shared.claims import Judgement
     from shared.report import Row
     from shared.study import Job
 
@@ -100,9 +101,10 @@ def collect(study: Study, jobs: "Sequence[Job]", command: str) -> "list[Row]":
         )  # fmt: skip
 
     own_draws = len({tuple(results["data"]["digests"].values()) for _, results in done}) > 1
-    for arm in study.arms if own_draws else ():
-        folders = {job.seed: job.folder for job, _ in done if job.group == arm}
-        for seed, values in variance_figures(folders).items():
+    seeds = set.intersection(*({job.seed for job, _ in done if job.group == arm} for arm in study.arms))
+    for arm in study.arms if own_draws else ():  # over the same draws for all arms
+        folders = {job.seed: job.folder for job, _ in done if job.group == arm and job.seed in seeds}
+        for seed, values in variance_figures(folders, done[0][1]["data"]["thirds"]).items():
             add(arm, seed, "last_epoch", "test", values)
     for name, gains in gain_figures(figures_of(rows, "last_epoch")).items():
         for seed, gain in gains.items():
@@ -142,34 +144,43 @@ def report(study: Study, jobs: "Sequence[Job]", command: str) -> None:
     """Write rows, tables, verdicts and plots of the finished runs of one configuration, and print the tables."""
     from mdcs.claims import ALL_CLAIMS
     from mdcs.plots import draw
-    from mdcs.study import columns_of
+    from mdcs.study import columns_of, with_best
     from shared import report as shared_report
     from shared.checkpoint import atomic_write
     from shared.claims import judge
 
     rows, folder = collect(study, jobs, command), study.report_folder
-    figures = shared_report.figures_of(rows, "last_epoch")
-    table = shared_report.method_table(figures, list(study.arms), columns_of(study.arms))
+    figures = with_best(shared_report.figures_of(rows, "last_epoch"), shared_report.figures_of(rows, "best_on_test"))
+    table = shared_report.method_table(figures, list(study.arms), columns_of(study.arms, figures))
     shared_report.write_rows(folder / "results.csv", rows)
     one = rows[0]
     text = (
-        f"In %, mean ± deviation over seeds, of the last epoch on the balanced test set. {one.device}, "
+        f"In %, mean ± deviation over seeds, of the last epoch on the balanced test set; `best on test` is the epoch "
+        f"that the test set would choose, for comparison only. Equal epochs and batches for all arms. {one.device}, "
         f"{one.precision}, commit {one.commit[:10]}, `{command}`.\n\n"
     )
     atomic_write(folder / "methods.md", (text + shared_report.markdown(table)).encode())
     title = study.config_path.stem + ("" if study.name == "main" else f", {study.name}")
     shared_report.show(f"{title}: in % (mean ± deviation over seeds)", table)
-    if study.name == "main":
-        judgements = [judge(claim, figures, study.statistics) for claim in ALL_CLAIMS]
-        judgements.sort(key=lambda item: item.verdict == "not run at this scale")
+    judgements = [judge(claim, figures, study.statistics) for claim in ALL_CLAIMS]
+    if study.name != "main" or study.partial:  # what it does not ask is not "not run"
+        judgements = [j for j in judgements if j.verdict != "not run at this scale" and "study/" not in str(j.claim)]
+    judgements.sort(key=lambda item: item.verdict == "not run at this scale")
+    if judgements:
         claims = shared_report.claim_table(judgements)
-        atomic_write(folder / "claims.md", shared_report.markdown(claims).encode())
-        summary = shared_report.summary_table(f"MDCS, `{study.config_path.stem}`", judgements)
-        atomic_write(folder / "summary.md", shared_report.markdown(summary).encode())
         shared_report.show(f"{title}: the paper's claims", claims)
+        atomic_write(folder / "claims.md", shared_report.markdown(with_sources(claims, judgements)).encode())
+        summary = shared_report.summary_table(f"MDCS, `{title}`", judgements)
+        atomic_write(folder / "summary.md", shared_report.markdown(summary).encode())
     done = {job: job.folder for job in jobs if (job.folder / "results.json").exists()}
     draw([(job.group, path) for job, path in done.items()], folder / "plots")
     print(f"{len(done)} of {len(jobs)} runs; report in {folder}")
+
+
+def with_sources(table: list[list[str]], judgements: "Sequence[Judgement]") -> list[list[str]]:
+    """The table of claims with where each is from, for which a terminal is too narrow."""
+    sources = ["source", *(item.claim.source for item in judgements)]
+    return [[row[0], source, *row[1:]] for row, source in zip(table, sources, strict=True)]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -177,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mdcs.reproduce", description=__doc__)
     parser.add_argument("--scale", default="auto", help="auto, smoke (seconds), mini (minutes on a CPU), paper (a GPU)")
     parser.add_argument("--study", default="main", help="main; views: every baseline on the strong view and on both; "
-                        "sweeps: lambda, alpha, temperature, number of experts")  # fmt: skip
+                        "sweeps: lambda, alpha, temperature, number of experts; variance: a subset a seed")  # fmt: skip
     parser.add_argument("--config", help="one configuration instead of the scale's own")
     parser.add_argument("--methods", nargs="+", metavar="ARM", help="some arms of the study instead of all")
     parser.add_argument("--seeds", type=int, help="number of seeds instead of the scale's own")
@@ -193,7 +204,9 @@ def planned(asked: argparse.Namespace) -> list[Study]:
     Raises:
         ConfigError: there is no such scale, study or arm, or what was asked cannot be published.
     """
-    from mdcs.study import MAIN, SMOKE, STUDIES
+    from mdcs.config import Config
+    from mdcs.study import MAIN, SMOKE, STUDIES, VARIANCE_SEEDS
+    from shared.config import load
     from shared.study import choose_scale
 
     scale, why = choose_scale(asked.scale)
@@ -214,14 +227,20 @@ def planned(asked: argparse.Namespace) -> list[Study]:
         arms = {name: MAIN[name] for name in plan.arms}
     if asked.methods:
         arms = {name: STUDIES[asked.study][name] for name in asked.methods}
+    seeds = asked.seeds or (max(plan.seeds, VARIANCE_SEEDS) if asked.study == "variance" else plan.seeds)
+    names = [asked.config] if asked.config else plan.configs
+    for name in names:
+        own = load(find_config(name, "mdcs"), Config).method.name
+        bare = [arm for arm, changes in arms.items() if not any(c.startswith("method=") for c in changes)]
+        if own != "mdcs" and bare:
+            raise ConfigError(f"{name}: has the method {own}, but the arm {bare[0]} is made of mdcs; choose --methods")
     partial = bool(asked.methods or asked.seeds)
     if partial and asked.publish:
         raise ConfigError("--publish: a study of some arms or seeds is not published; leave --methods and --seeds out")
     return [
-        Study(find_config(name, "mdcs"), asked.study, arms, asked.seeds or plan.seeds, plan.statistics, asked.out,
-              partial)
-        for name in ([asked.config] if asked.config else plan.configs)
-    ]  # fmt: skip
+        Study(find_config(name, "mdcs"), asked.study, arms, seeds, plan.statistics, asked.out, partial)
+        for name in names
+    ]
 
 
 def run_reproduce(arguments: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""What changes while a network is trained, and how it is saved and restored to the bit."""
+"""What changes while a network is trained, and how it is saved and restored to the bit; and how long it will take."""
 
 import time
 from dataclasses import dataclass, field
@@ -10,10 +10,10 @@ from torch import Tensor
 from mdcs.algorithm import architecture
 from mdcs.config import Config
 from mdcs.method import adjusted_logits, confident_mask
-from mdcs.model import MultiExpert, build_model
+from mdcs.model import MultiExpert, build_model, place
 from mdcs.pretrained import load_pretrained
 from mdcs.problem import Problem, in_data_root
-from shared.gpu import LossMeter, resolve_precision, stream
+from shared.gpu import LossMeter, stream
 
 FORECAST_STEPS = 20  # after which the run's time is foretold; the first half warms up
 
@@ -29,18 +29,14 @@ class Training:
     optimizer: torch.optim.Optimizer
     log_counts: Tensor
     meter: LossMeter
-    memory_format: torch.memory_format
     confident: Tensor
+    pretrained: str | None = None  # sha256 of the file that the weights started from
     epoch: int = 0
     step: int = 0
     first_unread: int = 0  # the step of the first loss that was not looked at
     images: int = 0  # trained on in this epoch
     images_here: int = 0  # the same, by this process
     losses: list[float] = field(default_factory=list)
-
-    def laid_out(self, images: Tensor) -> Tensor:
-        """The images in the order of bytes that is quickest here."""
-        return images.contiguous(memory_format=self.memory_format)
 
     def set_rate(self, factor: float) -> None:
         """Set each group's learning rate to `factor` times its own."""
@@ -112,12 +108,9 @@ def start(config: Config, problem: Problem, device: torch.device) -> Training:
     """A new network with its optimiser: classifiers at the learning rate, the rest at the backbone's."""
     shape = architecture(config, len(problem.classes), problem.channels)
     model = build_model(shape, stream(config.seed, "init").initial_seed())
-    if config.model.pretrained:
-        load_pretrained(model, in_data_root(config.model.pretrained))
-    # On a CPU float32 wants the plain order: channels_last is ten times slower there.
-    bfloat16 = resolve_precision(config.precision, device) == "bfloat16"
-    memory_format = torch.channels_last if bfloat16 else torch.contiguous_format
-    model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+    file = config.model.pretrained
+    pretrained = load_pretrained(model, in_data_root(file)) if file else None
+    place(model, config.precision, device)
     settings = config.optimizer
     heads = list(model.heads.parameters())
     known = set(heads)
@@ -129,23 +122,27 @@ def start(config: Config, problem: Problem, device: torch.device) -> Training:
     )
     log_counts = torch.tensor(problem.class_counts, dtype=torch.float32, device=device).log()
     confident = torch.zeros(2, config.experts, dtype=torch.int64, device=device)
-    return Training(model, optimizer, log_counts, LossMeter(device), memory_format, confident)
+    return Training(model, optimizer, log_counts, LossMeter(device), confident, pretrained)
 
 
 class Forecast:
-    """Says once, after the first steps, how long the run will take."""
+    """Says once, after the first steps, how long the remaining ones will take; evaluations come on top."""
 
-    def __init__(self, epochs: int) -> None:
-        self.epochs, self.steps, self.began = epochs, 0, 0.0
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.steps, self.began = device, 0, 0.0
 
-    def tick(self, steps_an_epoch: int) -> None:
-        """A step has ended."""
+    def tick(self, steps_left: int) -> None:
+        """A step has ended, so many are left in the run."""
         self.steps += 1
         measured = FORECAST_STEPS // 2
-        if self.steps == FORECAST_STEPS - measured:
-            self.began = time.monotonic()
-        elif self.steps == FORECAST_STEPS:
-            step = (time.monotonic() - self.began) / measured
-            seconds = step * steps_an_epoch * self.epochs
+        if self.steps not in (FORECAST_STEPS - measured, FORECAST_STEPS):
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # else it would time how fast work is queued
+        now = time.monotonic()
+        if self.steps == FORECAST_STEPS:
+            step = (now - self.began) / measured
+            seconds = step * steps_left
             whole = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-            print(f"forecast: {1000 * step:.0f} ms a step, {whole} for {self.epochs} epochs", flush=True)
+            print(f"forecast: {1000 * step:.0f} ms a step, {whole} for the {steps_left:,} steps left", flush=True)
+        self.began = now

@@ -13,6 +13,7 @@ from shared.errors import ConfigError, InterruptedRunError
 
 if TYPE_CHECKING:
     from mdcs.config import Config, ScheduleConfig
+    from mdcs.eval import Evaluation
     from mdcs.problem import Problem
     from mdcs.state import Training
     from shared.run import Run
@@ -25,7 +26,8 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
     import torch
 
     from mdcs.algorithm import build_method
-    from mdcs.model import forward_views
+    from mdcs.eval import evaluate
+    from mdcs.model import forward_views, laid_out
     from mdcs.problem import load_problem
     from mdcs.state import Forecast, start
     from shared.batches import epoch_order, split_batches
@@ -39,27 +41,29 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
         state.restore(saved)
         print(f"continuing in epoch {state.epoch + 1} of {config.epochs}", flush=True)
     else:
-        run.log("start", **problem.facts())
+        run.log("start", **problem.facts(), pretrained=state.pretrained)
 
-    forecast = Forecast(config.epochs)
+    forecast, evaluation = Forecast(device), None
+    split = config.bn_views == "split" and config.views == "both"
     counted = config.views == "both" and method.lambdas is not None  # whether there are confident images to count
-    for epoch in run.steps(range(state.epoch, config.epochs), config.epochs, "epoch", state.epoch):
+    for epoch in range(state.epoch, config.epochs):
         began = time.monotonic()
         state.set_rate(learning_rate_factor(config.schedule, epoch, config.epochs))
         order = epoch_order(len(problem.train), stream(config.seed, "order", epoch))
         batches = split_batches(order, config.batch_size)
         state.model.train()
         views = problem.train.epoch(batches, config.views, config.seed, ("views", epoch), state.step)
+        done, total = epoch * len(batches), config.epochs * len(batches)
         try:
-            for images, targets in views:
+            for images, targets in run.steps(views, total, "step", done + state.step):
                 with autocast(device, config.precision):
-                    logits = forward_views(state.model, state.laid_out(images), config.bn_views == "split")
+                    logits = forward_views(state.model, laid_out(images, config.precision), split)
                 loss = method.loss(logits.float(), targets, epoch + 1)
                 state.meter.add(loss)
                 torch.autograd.backward(loss)
                 state.update()
                 state.count_confident(logits, targets, method.lambdas)
-                forecast.tick(len(batches))
+                forecast.tick(total - done - state.step)
                 if state.step % SAVE_STEPS == 0:
                     state.read_losses()
                     run.save(state.snapshot())
@@ -76,10 +80,11 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
             raise run.not_finite(found, epoch=epoch + 1, seed=config.seed, images=batches[step].tolist()) from None
         run.log("epoch", epoch=epoch + 1, **state.finish_epoch(counted), seconds=time.monotonic() - began)
         if (epoch + 1) % config.evaluate.every == 0 or epoch + 1 == config.epochs:
-            log_evaluation(run, state, problem, config)
+            evaluation = evaluate(state.model, problem, config)
+            run.log("evaluate", epoch=state.epoch, figures=evaluation.figures)
         run.save(state.snapshot())
 
-    return finish(run, state, problem, config)
+    return finish(run, state, problem, config, evaluation or evaluate(state.model, problem, config))
 
 
 def learning_rate_factor(schedule: "ScheduleConfig", epoch: int, epochs: int) -> float:
@@ -93,21 +98,14 @@ def learning_rate_factor(schedule: "ScheduleConfig", epoch: int, epochs: int) ->
     return decay * warm
 
 
-def log_evaluation(run: "Run[Config]", state: "Training", problem: "Problem", config: "Config") -> None:
-    """Append all figures of this epoch to the run's log."""
-    from mdcs.eval import evaluate
-
-    run.log("evaluate", epoch=state.epoch, figures=evaluate(state.model, problem, config).figures)
-
-
-def finish(run: "Run[Config]", state: "Training", problem: "Problem", config: "Config") -> dict[str, Any]:
+def finish(
+    run: "Run[Config]", state: "Training", problem: "Problem", config: "Config", final: "Evaluation"
+) -> dict[str, Any]:
     """Write the model, its predictions and the results: the last epoch, and beside it the best one on the test set."""
-    from mdcs.eval import evaluate
     from shared.checkpoint import save_model
     from shared.gpu import resolve_precision
     from shared.run import read_metrics, state_digest
 
-    final = evaluate(state.model, problem, config)
     logged = read_metrics(run.folder, "evaluate")
     best = max(logged, key=lambda e: e["figures"]["ensemble.accuracy"])
     beside = {name: value for name, value in best["figures"].items() if name.startswith("ensemble.")}
@@ -130,7 +128,8 @@ def finish(run: "Run[Config]", state: "Training", problem: "Problem", config: "C
         {
             "paper": "mdcs", "config": run.folder.name.partition(f"-{config.method.name}-")[0],
             "method": config.method.name, "seed": config.seed, "figures": figures, "data": problem.facts(),
-            "details": final.details | {"best_epoch_on_test": best["epoch"]}, "model_digest": state_digest(tensors),
+            "details": final.details | {"best_epoch_on_test": best["epoch"], "pretrained": state.pretrained},
+            "model_digest": state_digest(tensors),
             "images_per_second": round(sum(e["images"] for e in epochs) / sum(e["seconds"] for e in epochs), 1),
         },
         device, resolve_precision(config.precision, device),
@@ -172,6 +171,10 @@ def dry_run(config: "Config") -> None:
     print(f"# parameters       {parameters:,} ({config.experts} expert{'s' if config.experts > 1 else ''})")
     print(f"# steps            {config.epochs * steps:,} of {config.batch_size} images, "
           f"{rows * config.batch_size} rows, in {config.epochs} epochs")  # fmt: skip
+    rates = [
+        config.optimizer.lr * learning_rate_factor(config.schedule, e, config.epochs) for e in range(config.epochs)
+    ]
+    print(f"# learning rate    {rates[0]:.4g} in epoch 1, {max(rates):.4g} at most, {rates[-1]:.4g} in the last")
     print(f"# memory           {4 * 4 * parameters / 2**20:.1f} MiB for the model in training, before activations")
 
 

@@ -45,7 +45,7 @@ class ResidentViews(Resident):
         per_group = max(1, GROUP_IMAGES // max((1, *map(len, batches))))
         for start in range(first - first % per_group, len(batches), per_group):
             group = list(batches[start : start + per_group])
-            indices, sizes = torch.cat(group).to(self.labels.device), [len(part) for part in group]
+            indices, sizes = torch.cat(group).to(self.labels.device, non_blocking=True), [len(part) for part in group]
             images = self.images[indices]
             made = [
                 torch.split(self._normalised(augment(images, stream(seed, *names, view, start))), sizes)

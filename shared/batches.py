@@ -70,14 +70,15 @@ def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
     """Shift each image [B, C, H, W] by an own offset, uniform over the (2 * padding + 1)^2 ones; zeros come in."""
     b, _, h, w = images.shape
     windows = F.pad(images, (padding,) * 4).unfold(2, h, 1).unfold(3, w, 1)  # a view [B, C, offsets, offsets, H, W]
-    draw = torch.randint(2 * padding + 1, (2, b), generator=generator, device=generator.device).to(images.device)
+    draw = torch.randint(2 * padding + 1, (2, b), generator=generator, device=generator.device)
+    draw = draw.to(images.device, non_blocking=True)
     return windows[torch.arange(b, device=images.device), :, draw[0], draw[1]]
 
 
 def random_flip(images: Tensor, generator: Generator) -> Tensor:
     """Mirror each image [B, C, H, W] left to right with probability 1/2, drawn for each."""
-    draw = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device).to(images.device)
-    return torch.where(draw < 0.5, images.flip(-1), images)
+    draw = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device)
+    return torch.where(draw.to(images.device, non_blocking=True) < 0.5, images.flip(-1), images)
 
 
 def augmentations(names: Sequence[str], padding: int = 4) -> tuple[Augment, ...]:
@@ -176,7 +177,7 @@ class Files(Batches):
             indices, decoded = waiting.popleft()
             images = torch.stack(list(decoded))
             images = (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
-            yield images, self.labels[indices.to(device)]
+            yield images, self.labels[indices.to(device, non_blocking=True)]
 
 
 def random_resized_crop(image: "Image.Image", size: int, draws: Tensor) -> Tensor:

@@ -139,13 +139,13 @@ class Run(Generic[C]):
             from rich.progress import track
 
             items = track(items, unit, total, completed=start, transient=True)
-        shown_at = 0.0
-        for done, item in enumerate(items, start):
+        shown_at, done = 0.0, start
+        for done, item in enumerate(items, start + 1):
             if time.monotonic() - shown_at >= PROGRESS_EVERY_SECONDS:
                 shown_at = time.monotonic()
-                self._progress(done, total, unit)
+                self._progress(done - 1, total, unit)
             yield item
-        self._progress(total, total, unit)
+        self._progress(done, total, unit)
 
     def check(self) -> None:
         """To be called after each step: raises InterruptedRunError once a signal has come."""

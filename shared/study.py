@@ -75,6 +75,8 @@ def run_jobs(module: str, jobs: Sequence[Job], workers: int = 0) -> dict[str, Ou
 
     Ctrl-C or SIGTERM stops the running jobs, which save their states, and is raised again; the same command continues.
     """
+    if workers < 0:
+        raise ConfigError(f"--workers {workers}: give the number of runs side by side, or 0 for one a core")
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1))
     context = multiprocessing.get_context("forkserver")
     # A process that asks torch for determinism loads the compiler, a second each: load it once for all.
