@@ -35,7 +35,7 @@ from torchvision import transforms  # type: ignore[import-untyped]
 from mdcs.algorithm import Method, build_method
 from mdcs.config import Config, DataConfig, MdcsConfig, ModelConfig, OptimizerConfig, StepSchedule
 from mdcs.eval import run_network
-from mdcs.model import MultiExpert, forward_views
+from mdcs.model import MultiExpert, forward_views, laid_out
 from mdcs.problem import Problem, thirds
 from mdcs.state import Training, start
 from mdcs.views import ResidentViews
@@ -93,7 +93,7 @@ class Ours:
         for images, targets in self.problem.train.epoch(self.batches, "both", config.seed, ("views", epoch)):
             mark("augmentation")
             with autocast(device, config.precision):
-                logits = forward_views(state.model, state.laid_out(images), split=False)
+                logits = forward_views(state.model, laid_out(images, config.precision), split=False)
             loss = self.method.loss(logits.float(), targets, EPOCH)
             state.meter.add(loss)
             mark("forward and loss")

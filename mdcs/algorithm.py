@@ -87,7 +87,6 @@ def deferred_loss(config: Config, method: LdamDrwConfig | RideConfig, counts: Te
     margins = baselines.ldam_margins(counts, method.largest_margin)
     weights = baselines.deferred_weights(counts, method.beta)
     last = config.deferred_epoch
-    assert last is not None  # the configuration checks it
     if isinstance(method, LdamDrwConfig):
         return lambda z, y, epoch: baselines.ldam_loss(
             z, of_all_views(y, z), margins, weights if epoch > last else None

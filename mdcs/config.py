@@ -99,7 +99,9 @@ class LdamDrwConfig(Section):
     name: Literal["ldam_drw"]
     largest_margin: Positive = 0.5
     beta: float = Field(0.9999, ge=0, lt=1, description="of the class-balanced weights")
-    deferred_epoch: int | None = Field(None, ge=0, description="last epoch without weights (default: first milestone)")
+    deferred_epoch: int | None = Field(
+        None, ge=0, description="last epoch without weights (default: first milestone or 80 %)"
+    )
     views: Views = "weak"
 
 
@@ -112,7 +114,9 @@ class RideConfig(Section):
     largest_margin: Positive = 0.5
     beta: float = Field(0.9999, ge=0, lt=1, description="of the class-balanced weights")
     gamma: float = Field(0.05, ge=0, le=1, description="how much the temperature follows the class frequency")
-    deferred_epoch: int | None = Field(None, ge=0, description="last epoch without weights (default: first milestone)")
+    deferred_epoch: int | None = Field(
+        None, ge=0, description="last epoch without weights (default: first milestone or 80 %)"
+    )
     views: Views = "weak"
 
 
@@ -276,11 +280,15 @@ class Config(Section):
         return own if own is not None else 1.0 if self.data.name in ("places_lt", "inaturalist18") else 2.0
 
     @property
-    def deferred_epoch(self) -> int | None:
-        """The last epoch without class weights, where the method has them; None where nothing says it."""
-        own = self.method.deferred_epoch if isinstance(self.method, LdamDrwConfig | RideConfig) else None
-        first = self.schedule.milestones[:1] if isinstance(self.schedule, StepSchedule) else ()
-        return own if own is not None else next(iter(first), None)
+    def deferred_epoch(self) -> int:
+        """The last epoch without class weights: the method's own, else the first milestone, else 80 % of the epochs.
+
+        The two are the same in the schedule that LDAM and RIDE are published with, 160 of 200.
+        """
+        if isinstance(self.method, LdamDrwConfig | RideConfig) and self.method.deferred_epoch is not None:
+            return self.method.deferred_epoch
+        milestones = self.schedule.milestones if isinstance(self.schedule, StepSchedule) else ()
+        return milestones[0] if milestones else self.epochs * 4 // 5
 
     @field_validator("method", "schedule", mode="before")
     @classmethod
@@ -298,6 +306,4 @@ class Config(Section):
                 f"{' (one a lambda)' if isinstance(self.method, MdcsConfig | DlConfig) else ''}; make them equal "
                 f"or leave model.experts out"
             )
-        if isinstance(self.method, LdamDrwConfig | RideConfig) and self.deferred_epoch is None:
-            raise ValueError(f"method.deferred_epoch: {self.method.name} needs it where no milestone stands for it")
         return self

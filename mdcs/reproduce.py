@@ -147,7 +147,7 @@ def report(study: Study, jobs: "Sequence[Job]", command: str) -> None:
     from mdcs.study import columns_of, with_best
     from shared import report as shared_report
     from shared.checkpoint import atomic_write
-    from shared.claims import judge
+    from shared.claims import Fact, judge
 
     rows, folder = collect(study, jobs, command), study.report_folder
     figures = with_best(shared_report.figures_of(rows, "last_epoch"), shared_report.figures_of(rows, "best_on_test"))
@@ -164,7 +164,7 @@ def report(study: Study, jobs: "Sequence[Job]", command: str) -> None:
     shared_report.show(f"{title}: in % (mean ± deviation over seeds)", table)
     judgements = [judge(claim, figures, study.statistics) for claim in ALL_CLAIMS]
     if study.name != "main" or study.partial:  # what it does not ask is not "not run"
-        judgements = [j for j in judgements if j.verdict != "not run at this scale" and "study/" not in str(j.claim)]
+        judgements = [j for j in judgements if j.verdict != "not run at this scale" and not isinstance(j.claim, Fact)]
     judgements.sort(key=lambda item: item.verdict == "not run at this scale")
     if judgements:
         claims = shared_report.claim_table(judgements)

@@ -12,6 +12,9 @@ from shared.config import load, schema
 from shared.errors import ConfigError, InterruptedRunError
 
 if TYPE_CHECKING:
+    import torch
+
+    from mdcs.algorithm import Method
     from mdcs.config import Config, ScheduleConfig
     from mdcs.eval import Evaluation
     from mdcs.problem import Problem
@@ -25,24 +28,13 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
     """Train one network; an interrupted run goes on exactly where it stopped, between any two steps."""
     import torch
 
-    from mdcs.algorithm import build_method
     from mdcs.eval import evaluate
     from mdcs.model import forward_views, laid_out
-    from mdcs.problem import load_problem
-    from mdcs.state import Forecast, start
+    from mdcs.state import Forecast
     from shared.batches import epoch_order, split_batches
-    from shared.gpu import NotFiniteError, autocast, setup, stream
+    from shared.gpu import NotFiniteError, autocast, stream
 
-    device = setup(config.device, config.threads)
-    problem = load_problem(config, device)
-    method = build_method(config, problem.class_counts, device)
-    state = start(config, problem, device)
-    if saved := run.restore(previous):
-        state.restore(saved)
-        print(f"continuing in epoch {state.epoch + 1} of {config.epochs}", flush=True)
-    else:
-        run.log("start", **problem.facts(), pretrained=state.pretrained)
-
+    device, problem, method, state = begin(config, run, previous)
     forecast, evaluation = Forecast(device), None
     split = config.bn_views == "split" and config.views == "both"
     counted = config.views == "both" and method.lambdas is not None  # whether there are confident images to count
@@ -85,6 +77,25 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
         run.save(state.snapshot())
 
     return finish(run, state, problem, config, evaluation or evaluate(state.model, problem, config))
+
+
+def begin(config: "Config", run: "Run[Config]", previous: bool) -> "tuple[torch.device, Problem, Method, Training]":
+    """The device, the data, the loss and the network: a new one, or as an interrupted run left it."""
+    from mdcs.algorithm import build_method
+    from mdcs.problem import load_problem
+    from mdcs.state import start
+    from shared.gpu import setup
+
+    device = setup(config.device, config.threads)
+    problem = load_problem(config, device)
+    method = build_method(config, problem.class_counts, device)
+    state = start(config, problem, device)
+    if saved := run.restore(previous):
+        state.restore(saved)
+        print(f"continuing in epoch {state.epoch + 1} of {config.epochs}", flush=True)
+    else:
+        run.log("start", **problem.facts(), pretrained=state.pretrained)
+    return device, problem, method, state
 
 
 def learning_rate_factor(schedule: "ScheduleConfig", epoch: int, epochs: int) -> float:

@@ -107,6 +107,14 @@ def test_the_loss_of_a_method_is_its_formula_with_the_configured_numbers_on_all_
     assert loss_of(configured, z, 7) == pytest.approx(float(PURE[method](z)), rel=1e-6)
 
 
+@pytest.mark.parametrize(("data", "tau"), [("sample", 2.0), ("places_lt", 1.0), ("inaturalist18", 1.0)])
+def test_the_loss_of_sade_has_the_tau_of_the_data_set_where_the_method_says_none(mdcs_config, data, tau):
+    configured, z = mdcs_config("sade"), logits()
+    configured = configured.model_copy(update={"data": configured.data.model_copy(update={"name": data})})
+    assert loss_of(configured, z) == pytest.approx(float(baselines.sade_loss(z, TARGETS, LOG_PRIOR, tau)), rel=1e-6)
+    assert loss_of(configured, z) != pytest.approx(float(baselines.sade_loss(z, TARGETS, LOG_PRIOR, 3 - tau)), rel=1e-3)
+
+
 @pytest.mark.parametrize("views", [1, 2], ids=["one view", "two views"])
 @pytest.mark.parametrize("classifier", ["cosine", "linear"])
 def test_cross_entropy_is_plain_whatever_the_counts(mdcs_config, classifier, views):

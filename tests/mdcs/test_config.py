@@ -104,6 +104,7 @@ def test_weights_are_deferred_to_the_first_milestone_unless_the_method_says_an_e
     assert sample(f"method={name}").deferred_epoch == 2
     assert sample(f"method={{name: {name}, deferred_epoch: 0}}").deferred_epoch == 0
     assert sample(f"method={{name: {name}, deferred_epoch: 9}}", "schedule=cosine").deferred_epoch == 9
+    assert sample(f"method={name}", "schedule=cosine", "epochs=180").deferred_epoch == 144  # 80 %, as 160 of 200
 
 
 def test_the_headline_is_the_last_epoch():
@@ -153,7 +154,12 @@ def test_a_resolved_configuration_reads_back_equal(name):
         ("augment: grey", "augment: grey\n  subset_seed: -1", 7, "data.subset_seed: -1 is below 0"),
         # What two sections say together has no line of its own: the keys are named.
         ("width: 4", "width: 4, experts: 2", None, "model.experts is 2, but method mdcs has 3 .*make them equal"),
-        ("method: mdcs", "method: ce\nbn_views: split", None, "bn_views: split needs two views, but ce sees the weak"),
+        ("width: 4", "width: 4, experts: 4", None, r"method mdcs has 3 \(one a lambda\); make them equal"),
+        ("method: mdcs", "method: {name: balpoe, taus: [0, 1]}", 8, r"method.taus: \[0.0, 1.0\] has mean 0.5; .*is 1$"),
+        ("method: mdcs", "method: {name: balpoe, taus: [1, 1.00001]}", 8, "method.taus: .* has mean 1"),
+        ("method: mdcs", "method: {name: balpoe, taus: []}", 8, "method.taus"),
+        ("method: mdcs", "method: {name: sade, tau: -1}", 8, "method.tau: -1 is below 0"),
+        ("augment: grey", "augment: grey\n  workers: -1", 7, "data.workers: -1 is below 0"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_with_its_place(tmp_path, old, new, line, words):
@@ -175,8 +181,6 @@ def test_a_mistake_is_one_line_with_its_place(tmp_path, old, new, line, words):
         ("num_classes: 3", "num_classes: 3\n  n_max: 10", 2, "taken as it is listed; remove n_max$"),
         ("augment: photo", "augment: cifar", 2, "augment 'cifar' is not for list"),
         ("augment: photo", "augment: grey", 2, "augment 'grey' is not for list"),
-        ("epochs: 4", "method: ride\nepochs: 4", None, "method.deferred_epoch: ride needs it where no milestone"),
-        ("epochs: 4", "method: ldam_drw\nepochs: 4", None, "method.deferred_epoch: ldam_drw needs it"),
     ],
 )
 def test_a_mistake_about_lists_is_one_line_with_its_place(tmp_path, old, new, line, words):
@@ -193,9 +197,38 @@ def test_a_list_data_set_may_be_numbered_anew_and_go_without_augmentation(name):
     assert files(f"data.name={name}", "data.augment=none").data.augment == "none"
 
 
-def test_split_batch_statistics_are_for_any_method_that_sees_both_views():
-    assert sample("bn_views=split").bn_views == "split"
-    assert sample("method={name: dl, views: both}", "bn_views=split").bn_views == "split"
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_split_batch_statistics_also_where_it_sees_one_view(name):
+    assert sample(f"method={name}", "bn_views=split").bn_views == "split"
+
+
+def test_the_number_of_experts_that_does_not_fit_speaks_of_lambdas_only_where_the_method_has_some():
+    for method, said in (("mdcs", "has 3 (one a lambda)"), ("dl", "has 3 (one a lambda)"), ("sade", "has 3;")):
+        with pytest.raises(ConfigError) as caught:
+            sample(f"method={method}", "model.experts=2")
+        assert f"model.experts is 2, but method {method} {said}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("data", "tau"), [("imagenet_lt", 2.0), ("places_lt", 1.0), ("inaturalist18", 1.0),
+                                           ("list", 2.0)])  # fmt: skip
+def test_sades_tau_is_that_of_the_data_set_unless_the_method_has_its_own(data, tau):
+    assert files(f"data.name={data}", "method=sade").sade_tau == tau
+    for own in (0.0, 1.0, 2.0, 3.5):
+        assert files(f"data.name={data}", f"method={{name: sade, tau: {own}}}").sade_tau == own
+
+
+def test_sades_tau_is_two_on_images_in_memory():
+    assert sample("method=sade").sade_tau == 2.0
+    assert sample("method={name: sade, tau: 0}").sade_tau == 0.0
+
+
+@pytest.mark.parametrize("taus", ["[0, 1, 2]", "[1]", "[0.5, 0, 2.5]", "[0.1, 1.9]", "[0.7, 1.1, 1.2]"])
+def test_balpoes_taus_of_mean_one_are_taken(taus):
+    assert sum(sample(f"method={{name: balpoe, taus: {taus}}}").method.taus) == pytest.approx(taus.count(",") + 1)
+
+
+def test_images_can_be_decoded_without_threads():
+    assert files("data.workers=0").data.workers == 0
 
 
 def test_several_mistakes_are_told_at_once():

@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from mdcs.model import Architecture, BasicBlock, CosineClassifier, build_model, forward_views, frozen_buffers
+from mdcs.model import (
+    Architecture,
+    BasicBlock,
+    CosineClassifier,
+    LinearClassifier,
+    build_model,
+    forward_views,
+    frozen_buffers,
+    laid_out,
+    place,
+)
 from shared.errors import ConfigError
 
 # architecture -> parameters, 10^9 multiply-accumulates an image, D
@@ -184,6 +194,44 @@ def test_cosine_logits_are_computed_in_float32_under_autocast():
         logits = head(features)
     assert logits.dtype == torch.float32
     assert torch.equal(logits, head(features.float()))
+
+
+def test_linear_logits_are_computed_in_float32_under_autocast():
+    head, features = LinearClassifier(48, 10), normal(6, 48).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(features)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, head(features.float()))
+    torch.testing.assert_close(logits, features.float() @ head.weight.T + head.bias)
+    assert set(head.state_dict()) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("classifier", ["cosine", "linear"])
+def test_a_network_gives_float32_logits_under_autocast_with_either_classifier(classifier):
+    architecture = Architecture("resnet_cifar", 5, 2, depth=8, width=4, classifier=classifier)
+    model, images = build_model(architecture, seed=0), normal(4, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.features(images).dtype == torch.bfloat16
+        logits = model(images)
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float()), "they are not rounded to bfloat16"
+    logits.sum().backward()
+    assert all(head.weight.grad.dtype == torch.float32 for head in model.heads)
+
+
+@pytest.mark.parametrize(("precision", "wanted"), [("bfloat16", torch.channels_last), ("float32", None),
+                                                   ("auto", None)])  # fmt: skip
+def test_images_and_weights_lie_in_the_same_order_of_bytes_whatever_order_they_came_in(precision, wanted):
+    cpu, images = torch.device("cpu"), normal(4, 3, 8, 8)
+    plain = build_model(SMALL, seed=0)
+    for order in (torch.contiguous_format, torch.channels_last):
+        model = place(build_model(SMALL, seed=0).to(memory_format=order), precision, cpu)
+        moved = laid_out(images.contiguous(memory_format=order), precision)
+        for tensor in (moved, model.trunk.conv1.weight, model.experts[2].layer3[0].conv2.weight):
+            assert tensor.is_contiguous(memory_format=wanted or torch.contiguous_format)
+            assert tensor.is_contiguous() == (wanted is None)
+        assert torch.equal(moved, images)
+        assert equal(model.state_dict(), plain.state_dict())
 
 
 def test_changing_one_expert_leaves_the_others_unchanged():

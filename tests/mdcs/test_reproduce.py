@@ -13,10 +13,23 @@ import pytest
 from mdcs import reproduce
 from mdcs.claims import ALL_CLAIMS
 from mdcs.config import Config
-from mdcs.reproduce import CIFAR_ON_CPU, PLANS, Plan, Study, collect, constants, jobs_of, main, planned
-from mdcs.study import MAIN, SMOKE, STUDIES
+from mdcs.reproduce import (
+    CIFAR_ON_CPU,
+    PLANS,
+    Plan,
+    Study,
+    collect,
+    constants,
+    jobs_of,
+    main,
+    planned,
+    report,
+    with_sources,
+)
+from mdcs.study import MAIN, SMOKE, STUDIES, VARIANCE, VARIANCE_SEEDS, VIEWS
 from mdcs.train import main as train_main
 from shared import report as shared_report
+from shared.checkpoint import load_model, save_model
 from shared.claims import Comparison, Fact, judge
 from shared.cli import find_config
 from shared.config import dump, load
@@ -31,7 +44,7 @@ def asked(*arguments: str) -> list[Study]:
 
 
 def study_of(path: Path, out: Path, arms: Sequence[str] = ("mdcs", "dl_both"), seeds: int = 2) -> Study:
-    return Study(path, "main", {arm: MAIN[arm] for arm in arms}, seeds, True, out, True)
+    return Study(path, "main", {arm: (MAIN | VIEWS)[arm] for arm in arms}, seeds, True, out, True)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +111,10 @@ def test_arms_and_seeds_can_be_chosen():
     (["--scale", "smoke", "--config", "nothing"], "nothing: there is no such configuration"),
     (["--scale", "smoke", "--methods", "mdcs", "--publish"], "--publish: "),
     (["--scale", "smoke", "--seeds", "1", "--publish"], "--publish: "),
+    (["--scale", "smoke", "--workers", "-1"], "--workers -1: give the number of runs side by side"),
+    (["--scale", "smoke", "--config", "cifar100_lt_if100_ride"], "has the method ride, but the arm mdcs is made of"),
+    (["--config", "cifar100_lt_if100_baselines", "--methods", "ce", "cs_plain"], "sade, but the arm cs_plain is made"),
+    (["--scale", "paper", "--config", "cifar100_lt_if100_ncl", "--study", "sweeps"], "has the method ncl, but the arm"),
 ])  # fmt: skip
 def test_what_cannot_be_run_is_refused_with_exit_code_2_before_anything_is_written(arguments, said, tmp_path, capsys):
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
@@ -115,8 +132,53 @@ def test_no_two_kinds_of_study_write_the_same_report():
         for name in STUDIES
         for study in asked("--scale", "paper", "--study", name, *more)
     ]
-    assert len(set(folders)) == len(folders) == 12
+    assert len(set(folders)) == len(folders) == 2 * len(PLANS["paper"].configs) * len(STUDIES)
     assert folders[0] == Path("runs/mdcs/report-cifar100_lt_if100")
+
+
+OTHERS = [path.stem for path in sorted(find_config("mini", "mdcs").parent.glob("*.yaml"))
+          if load(path, Config).method.name != "mdcs"]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", OTHERS)
+def test_a_configuration_of_another_method_is_refused_with_the_first_arm_that_is_made_of_mdcs(config):
+    own = load(find_config(config, "mdcs"), Config).method.name
+    for study, first in (("main", "mdcs"), ("views", "mdcs"), ("sweeps", "mdcs"), ("variance", "mdcs")):
+        with pytest.raises(ConfigError, match=f"{config}: has the method {own}, but the arm {first} is made of mdcs; "):
+            asked("--scale", "paper", "--config", config, "--study", study)
+    with pytest.raises(ConfigError, match="the arm mdcs_no_cis is made of mdcs; choose --methods"):
+        asked("--scale", "paper", "--config", config, "--methods", "ce", "mdcs_no_cis", "mdcs")
+
+
+@pytest.mark.parametrize("config", OTHERS)
+def test_a_configuration_of_another_method_takes_arms_that_name_theirs_each_in_a_folder_of_its_own(config):
+    named = [arm for arm, changes in MAIN.items() if changes and changes[0].startswith("method=")]
+    assert {"sade", "ce", "ce_linear", "dl_both"} <= set(named)
+    for arms in (["sade", "ce"], named):
+        (study,) = asked("--scale", "paper", "--config", config, "--methods", *arms)
+        assert list(study.arms) == arms
+        jobs = jobs_of(study)
+        assert len({job.folder for job in jobs}) == len(jobs) == 3 * len(arms)
+        for job in jobs:
+            method = load(study.config_path, Config, job.arguments[4:]).method
+            assert method.name == (MAIN[job.group][0]).removeprefix("method=")
+
+
+def test_the_variance_study_has_a_training_set_of_its_own_draw_and_five_seeds_at_least():
+    for scale in PLANS:
+        for study in asked("--scale", scale, "--study", "variance"):
+            assert study.arms == VARIANCE
+            assert study.seeds == max(VARIANCE_SEEDS, PLANS[scale].seeds) >= 5
+            for job in jobs_of(study):
+                config = load(study.config_path, Config, job.arguments[4:])
+                assert (config.data.subset_seed, config.seed) == (None, job.seed)
+    (study,) = asked("--scale", "mini", "--study", "variance", "--seeds", "3")
+    assert (study.seeds, study.partial) == (3, True)
+
+
+def test_the_variance_study_has_more_seeds_where_its_plan_has(monkeypatch):
+    monkeypatch.setitem(PLANS, "mini", replace(PLANS["mini"], seeds=7))
+    assert asked("--scale", "mini", "--study", "variance")[0].seeds == 7
 
 
 # The jobs
@@ -201,6 +263,7 @@ def test_the_gain_of_distillation_is_a_row_for_each_seed(tmp_path, tiny_yaml, tr
     left, right = (figures[f"{arm}/ensemble.accuracy"] for arm in ("mdcs", "dl_both"))
     assert figures["study/cs_gain.diverse"] == {seed: left[seed] - right[seed] for seed in (0, 1)}
     assert "study/cs_gain.balanced" not in figures
+    assert "study/cs_gain.plain" not in figures
 
 
 @pytest.mark.parametrize(("seeds", "own_draws", "has"), [(3, True, True), (3, False, False), (2, True, False)])
@@ -217,6 +280,45 @@ def test_variance_is_measured_where_three_seeds_or_more_have_their_own_training_
     assert [name in figures for name in names] == [has] * len(names)
     if has:  # the three are copies: none differs from their majority
         assert figures["mdcs/ensemble.variance"] == {0: 0.0, 1: 0.0, 2: 0.0}
+
+
+def predict(job: Job, ensemble: int) -> None:
+    """As if the run's ensemble had predicted this class for every image."""
+    tensors, description = load_model(job.folder / "predictions")
+    tensors["predictions"][:, -1] = ensemble
+    save_model(job.folder / "predictions", tensors, description)
+
+
+def test_variance_is_over_the_seeds_that_all_arms_have_finished(tmp_path, tiny_yaml, trained):
+    study = study_of(tiny_yaml, tmp_path, seeds=5)
+    jobs = trained(study)
+    change_data(jobs)
+    for job in jobs:
+        if job.group == "mdcs":
+            predict(job, int(job.seed >= 2))
+    (last,) = [job for job in jobs if (job.group, job.seed) == ("dl_both", 4)]
+    with_all = shared_report.figures_of(collect(study, jobs, ""), "last_epoch")
+    (last.folder / "results.json").unlink()
+    without = shared_report.figures_of(collect(study, jobs, ""), "last_epoch")
+    for part in ("", "_head", "_middle", "_tail"):  # of five, the majority says 1; of four, the lower of two
+        assert with_all[f"mdcs/ensemble.variance{part}"] == {0: 1.0, 1: 1.0, 2: 0.0, 3: 0.0, 4: 0.0}
+        assert without[f"mdcs/ensemble.variance{part}"] == {0: 0.0, 1: 0.0, 2: 1.0, 3: 1.0}
+        assert set(without[f"dl_both/expert2.bias{part}"]) == {0, 1, 2, 3}
+    assert set(without["mdcs/ensemble.accuracy"]) == {0, 1, 2, 3, 4}, "other figures are of all runs"
+
+
+def test_below_three_seeds_in_common_no_arm_has_a_variance(tmp_path, tiny_yaml, trained):
+    study = study_of(tiny_yaml, tmp_path, seeds=4)
+    jobs = trained(study)
+    change_data(jobs)
+    for job in jobs:
+        if (job.group, job.seed) in (("dl_both", 0), ("mdcs", 3)):
+            (job.folder / "results.json").unlink()
+    assert not [row for row in collect(study, jobs, "") if "variance" in row.metric]
+    for job in jobs:
+        if job.group == "mdcs":
+            (job.folder / "results.json").unlink(missing_ok=True)
+    assert not [row for row in collect(study, jobs, "") if "variance" in row.metric]
 
 
 def test_runs_that_have_not_finished_are_left_out(tmp_path, tiny_yaml, trained):
@@ -243,22 +345,116 @@ def test_the_constants_are_the_numbers_of_the_brief():
     assert found["example.epoch_20"] == pytest.approx(8.808745, abs=1e-6)
 
 
-def test_every_figure_that_a_claim_names_is_measured_by_the_main_study(tmp_path, tiny_yaml, trained):
+def names_of(claim: Comparison | Fact) -> set[str]:
+    """The figures that a claim compares."""
+    if isinstance(claim, Fact):
+        return {claim.figure}
+    return {claim.left, *((claim.right,) if isinstance(claim.right, str) else claim.right)}
+
+
+def test_every_figure_that_a_claim_names_is_measured_by_the_main_study_or_by_that_of_the_views(
+    tmp_path, tiny_yaml, trained
+):
     """A claim about a figure that nothing writes would say "not run at this scale" for ever."""
-    study = replace(study_of(tiny_yaml, tmp_path, tuple(MAIN), seeds=3), partial=False)
+    named = set().union(*map(names_of, ALL_CLAIMS))
+    of_views = [arm for arm in VIEWS if arm not in MAIN and f"{arm}/ensemble.accuracy" in named]
+    assert len(of_views) == 6
+    study = replace(study_of(tiny_yaml, tmp_path, (*MAIN, *of_views), seeds=3), partial=False)
     jobs = trained(study)
     change_data(jobs)
     figures = shared_report.figures_of(collect(study, jobs, ""), "last_epoch")
-    named = set()
-    for claim in ALL_CLAIMS:
-        if isinstance(claim, Comparison):
-            named |= {claim.left, *((claim.right,) if isinstance(claim.right, str) else claim.right)}
-        else:
-            named.add(claim.figure)
     assert named <= set(figures), named - set(figures)
-    assert all(len(figures[name]) == 3 for name in named if not isinstance(name, Fact) and "study/" not in name)
+    assert all(len(figures[name]) == 3 for name in named if "study/" not in name or "cs_gain" in name)
     assert all(judge(claim, figures).verdict != "not run at this scale" for claim in ALL_CLAIMS)
     assert all(judge(c, figures).verdict == "reproduced" for c in ALL_CLAIMS if isinstance(c, Fact))
+
+
+# The verdicts
+
+
+def lines_of(study: Study, jobs: list[Job]) -> list[list[str]]:
+    """The rows of the table of claims that a report writes; without one, none."""
+    report(study, jobs, "the command")
+    path = study.report_folder / "claims.md"
+    text = path.read_text() if path.exists() else ""
+    return [[cell.strip() for cell in line.split(" | ")] for line in text.replace("| ---", "").splitlines()]
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """A report has no pictures."""
+    monkeypatch.setattr("mdcs.plots.draw", nothing_drawn)
+
+
+def test_every_claim_stands_beside_its_source_in_the_file_and_not_on_the_terminal(
+    tmp_path, tiny_yaml, trained, undrawn, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "400")
+    study = replace(study_of(tiny_yaml, tmp_path, ("mdcs", "dl_both"), seeds=3), partial=False)
+    head, _, *rows = lines_of(study, trained(study))
+    assert [cell.strip("| ") for cell in head] == [
+        "claim", "source", "paper", "ours: paired difference [95 %]", "n", "verdict"
+    ]  # fmt: skip
+    assert {row[0].removeprefix("| "): row[1] for row in rows} == {claim.text: claim.source for claim in ALL_CLAIMS}
+    printed = capsys.readouterr().out
+    assert "paired difference" in printed
+    assert "source" not in printed
+    assert "later re-run" not in printed
+
+
+def test_sources_are_in_the_order_of_the_judgements():
+    judgements = [judge(claim, {}) for claim in reversed(ALL_CLAIMS)]
+    table = with_sources(shared_report.claim_table(judgements), judgements)
+    assert table[0][:2] == ["claim", "source"]
+    assert [row[:3] for row in table[1:]] == [[c.text, c.source, c.paper] for c in reversed(ALL_CLAIMS)]
+    assert {len(row) for row in table} == {6}
+
+
+def test_a_whole_main_study_lists_all_claims_and_those_that_it_could_not_judge_come_last(
+    tmp_path, tiny_yaml, trained, undrawn
+):
+    study = replace(study_of(tiny_yaml, tmp_path, ("mdcs", "dl_both"), seeds=3), partial=False)
+    _, _, *rows = lines_of(study, trained(study))
+    left_out = [row[-1] == "not run at this scale |" for row in rows]
+    assert len(rows) == len(ALL_CLAIMS)
+    assert left_out == sorted(left_out)
+    assert 0 < sum(left_out) < len(rows)
+
+
+@pytest.mark.parametrize(("name", "arms", "partial"), [
+    ("main", ("mdcs", "dl_both", "ce"), True), ("views", ("mdcs", "ce_both", "sade_both"), False),
+    ("views", ("mdcs", "ce_both"), True), ("variance", ("mdcs", "dl_both"), False),
+    ("main", ("mdcs", "dl_both", "cs_plain", "plain_3_both"), True),
+])  # fmt: skip
+def test_a_part_of_a_study_and_another_study_than_the_main_one_list_what_they_could_judge_and_nothing_else(
+    tmp_path, tiny_yaml, trained, undrawn, name, arms, partial
+):
+    study = replace(study_of(tiny_yaml, tmp_path, arms, seeds=3), name=name, partial=partial)
+    jobs = trained(study)
+    change_data(jobs)
+    figures = shared_report.figures_of(collect(study, jobs, ""), "last_epoch")
+    wanted = [c.text for c in ALL_CLAIMS if isinstance(c, Comparison) and names_of(c) <= set(figures)]
+    assert wanted
+    _, _, *rows = lines_of(study, jobs)
+    assert [row[0].removeprefix("| ") for row in rows] == wanted
+    assert not [row for row in rows if "not run" in row[-1]]
+    title = "tiny" if name == "main" else f"tiny, {name}"
+    headlines = [c.text for c in ALL_CLAIMS if isinstance(c, Comparison) and c.headline and c.text in wanted]
+    summary = (study.report_folder / "summary.md").read_text()
+    assert [line for line in summary.splitlines() if line.startswith("| MDCS")] == [
+        line for line in summary.splitlines() if line.startswith(f"| MDCS, `{title}` | ")
+    ]
+    assert [line.split(" | ")[1] for line in summary.splitlines()[2:]] == headlines
+    plain = "Self-distillation needs diverse experts: it gains more with them than with plain ones (lambda 0)"
+    assert (plain in wanted) == ("plain_3_both" in arms)
+
+
+def test_what_can_judge_nothing_has_no_table_of_claims(tmp_path, tiny_yaml, trained, undrawn):
+    for seeds, arms in ((2, ("mdcs", "dl_both")), (3, ("ce",))):
+        study = study_of(tiny_yaml, tmp_path / str(seeds), arms, seeds)
+        assert lines_of(study, trained(study)) == []
+        assert not (study.report_folder / "summary.md").exists()
+        assert (study.report_folder / "methods.md").exists()
 
 
 # The command
@@ -303,14 +499,19 @@ def test_a_study_of_two_arms_and_three_seeds_leaves_table_verdicts_and_pictures(
     assert set(figures["dl_both/ensemble.accuracy"]) == {0, 1, 2}
     assert set(figures["mdcs/ensemble.variance"]) == {0, 1, 2}, "each seed has its own training set"
     claims = (folder / "claims.md").read_text()
-    assert all(claim.text in claims for claim in ALL_CLAIMS)
     (lifts,) = [line for line in claims.splitlines() if "lifts the ensemble, same views" in line]
     assert "| 3 |" in lifts
-    assert claims.splitlines()[-1].endswith("not run at this scale |"), "what was not run comes last"
+    assert "not run at this scale" not in claims, "a part of a study says nothing of what it was not asked"
     methods = (folder / "methods.md").read_text()
     assert [line.split("|")[1].strip() for line in methods.splitlines() if line.startswith("| ")][2:] == [
         "mdcs", "dl_both"
     ]  # fmt: skip
+    (head,) = [line for line in methods.splitlines() if line.startswith("| method")]
+    assert head.strip("| ").split(" | ") == [
+        "method", "ensemble", "head", "middle", "tail", "E1", "E2", "E3", "ECE", "class_std", "variance", "bias",
+        "best on test", "n",
+    ]  # fmt: skip
+    assert "`best on test` is the epoch that the test set would choose, for comparison only" in methods
     assert "| MDCS, `tiny` |" in (folder / "summary.md").read_text()
 
     before = (folder / "results.csv").read_bytes()
@@ -346,7 +547,9 @@ def test_a_study_runs_in_processes_of_its_own(tmp_path, tiny_yaml, monkeypatch, 
     assert {path.name for path in (tmp_path / "mdcs" / "logs").iterdir()} == {"tiny-ce-s0.txt", "tiny-dl-s0.txt"}
 
 
-def test_another_study_than_the_main_one_has_a_table_and_no_verdicts(tmp_path, tiny_yaml, in_this_process, monkeypatch):
+def test_another_study_than_the_main_one_has_a_table_and_here_no_verdicts(
+    tmp_path, tiny_yaml, in_this_process, monkeypatch
+):
     monkeypatch.setattr("mdcs.plots.draw", nothing_drawn)
     command = ["--config", str(tiny_yaml), "--study", "sweeps", "--methods", "experts_4", "--seeds", "1"]
     assert main([*command, "--scale", "mini", "--out", str(tmp_path)]) == 0

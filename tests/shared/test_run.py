@@ -236,6 +236,33 @@ def test_progress_is_written_for_a_study_to_read(opened):
     assert json.loads((opened.folder / "progress.json").read_text()) == {"done": 5, "total": 5, "unit": "round"}
 
 
+def progress_of(run: Run) -> dict[str, object]:
+    return json.loads((run.folder / "progress.json").read_text())
+
+
+def test_progress_is_the_number_of_items_that_have_ended(opened, monkeypatch):
+    monkeypatch.setattr(run_module, "PROGRESS_EVERY_SECONDS", 0)
+    seen = [progress_of(opened)["done"] for _ in opened.steps("abc", 7, "step", 4)]
+    assert seen == [4, 5, 6], "the item at hand has not ended"
+    assert progress_of(opened) == {"done": 7, "total": 7, "unit": "step"}
+
+
+@pytest.mark.parametrize("items", [0, 1, 2])
+@pytest.mark.parametrize("terminal", [False, True], ids=["in a file", "on a terminal"])
+def test_items_that_end_early_are_not_all_done(opened, monkeypatch, items, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert list(opened.steps((k for k in range(items)), 9, "step", 4)) == list(range(items))
+    assert progress_of(opened) == {"done": 4 + items, "total": 9, "unit": "step"}
+
+
+def test_items_that_nobody_takes_to_the_end_are_not_all_done(opened, monkeypatch):
+    monkeypatch.setattr(run_module, "PROGRESS_EVERY_SECONDS", 0)
+    steps = opened.steps(range(5), 5, "step")
+    assert [next(steps), next(steps)] == [0, 1]
+    steps.close()
+    assert progress_of(opened) == {"done": 1, "total": 5, "unit": "step"}
+
+
 def test_the_bundle_of_a_loss_that_is_not_finite_says_where_it_was(opened):
     error = opened.not_finite(NotFiniteError(7, float("inf")), round=2, images=[4, 5], seed=0)
     bundle = json.loads((opened.folder / "not_finite.json").read_text())

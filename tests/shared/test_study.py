@@ -188,6 +188,15 @@ def test_a_forecast_uses_the_progress_of_what_is_running(tmp_path):
     assert forecast([item, other], {}, [running(item, 10)], [other], 1) == pytest.approx(70, abs=2)
 
 
+@pytest.mark.parametrize("workers", [-1, -8])
+def test_a_number_of_workers_below_none_is_refused_before_anything_runs(broken_module, workers, monkeypatch):
+    monkeypatch.setattr(study, "_start", lambda *_: pytest.fail("a job was started"))
+    with pytest.raises(ConfigError, match=rf"--workers {workers}: .*, or 0 for one a core$"):
+        run_jobs(broken_module, [job("1")], workers)
+    with pytest.raises(ConfigError, match=rf"--workers {workers}: "):
+        run_jobs(broken_module, [], workers)
+
+
 def test_a_scale_is_what_was_asked_and_auto_follows_the_device(monkeypatch):
     assert [choose_scale(name)[0] for name in ("smoke", "mini", "paper")] == ["smoke", "mini", "paper"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
