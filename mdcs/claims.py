@@ -97,7 +97,7 @@ AGAINST = {
     "balpoe": ("BalPoE's loss", 55.9, "an aggregator; strong view, mixup, 400 epochs"),
     "ncl": ("NCL without its contrastive branch", 54.4, "NCL's author; strong view, with that branch"),
 }
-BOTH = ("ce", "balanced_softmax", "balanced_3", "ldam_drw", "ride", "sade", "balpoe")
+BOTH = ("ce", "balanced_softmax", "ldam_drw", "ride", "sade", "balpoe")
 COMPARISONS: tuple[Comparison, ...] = (
     *DIVERSITY,
     *DISTILLATION,
@@ -118,12 +118,13 @@ COMPARISONS: tuple[Comparison, ...] = (
         "abstract: 1 to 2 points over the previous best", f"mdcs/{ENSEMBLE}",
         tuple(f"{arm}/{ENSEMBLE}" for arm in BASELINES), "+1 to +2", headline=True,
     ),
-    *(  # of the study `views`
-        Comparison(f"MDCS is better than {arm} on the same views", "our control", f"mdcs/{ENSEMBLE}",
-                   f"{arm}_both/{ENSEMBLE}")
-        for arm in BOTH if arm != "balanced_3"
-    ),
 )  # fmt: skip
+ON_BOTH_VIEWS = tuple(  # of the study `views`
+    Comparison(
+        f"MDCS is better than {arm} on the same views", "our control", f"mdcs/{ENSEMBLE}", f"{arm}_both/{ENSEMBLE}"
+    )
+    for arm in BOTH
+)
 FACTS = (
     Fact("Three experts on CIFAR-100 have 783,856 parameters", "layer by layer", "study/parameters.cifar100", "==",
          783856),
@@ -140,4 +141,5 @@ FACTS = (
     Fact("The loss of the worked example, epoch 20 and later", "agrees with the authors' class to 1e-6",
          "study/example.epoch_20", "==", 8.808745, tolerance=1e-6),
 )  # fmt: skip
-ALL_CLAIMS: tuple[Claim, ...] = (*COMPARISONS, *FACTS)
+MAIN_CLAIMS: tuple[Claim, ...] = (*COMPARISONS, *FACTS)
+ALL_CLAIMS: tuple[Claim, ...] = (*COMPARISONS, *ON_BOTH_VIEWS, *FACTS)

@@ -142,7 +142,7 @@ def constants() -> dict[str, float]:
 
 def report(study: Study, jobs: "Sequence[Job]", command: str) -> None:
     """Write rows, tables, verdicts and plots of the finished runs of one configuration, and print the tables."""
-    from mdcs.claims import ALL_CLAIMS
+    from mdcs.claims import ALL_CLAIMS, MAIN_CLAIMS
     from mdcs.plots import draw
     from mdcs.study import columns_of, with_best
     from shared import report as shared_report
@@ -162,7 +162,8 @@ def report(study: Study, jobs: "Sequence[Job]", command: str) -> None:
     atomic_write(folder / "methods.md", (text + shared_report.markdown(table)).encode())
     title = study.config_path.stem + ("" if study.name == "main" else f", {study.name}")
     shared_report.show(f"{title}: in % (mean ± deviation over seeds)", table)
-    judgements = [judge(claim, figures, study.statistics) for claim in ALL_CLAIMS]
+    claims_asked = MAIN_CLAIMS if study.name == "main" else ALL_CLAIMS
+    judgements = [judge(claim, figures, study.statistics) for claim in claims_asked]
     if study.name != "main" or study.partial:  # what it does not ask is not "not run"
         judgements = [j for j in judgements if j.verdict != "not run at this scale" and not isinstance(j.claim, Fact)]
     judgements.sort(key=lambda item: item.verdict == "not run at this scale")
@@ -187,8 +188,9 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of the command."""
     parser = argparse.ArgumentParser(prog="python -m mdcs.reproduce", description=__doc__)
     parser.add_argument("--scale", default="auto", help="auto, smoke (seconds), mini (minutes on a CPU), paper (a GPU)")
-    parser.add_argument("--study", default="main", help="main; views: every baseline on the strong view and on both; "
-                        "sweeps: lambda, alpha, temperature, number of experts; variance: a subset a seed")  # fmt: skip
+    studies = "main, distillation (what it adds, many seeds), views (every baseline on the strong view and on both), "
+    studies += "sweeps (lambda, alpha, temperature, number of experts), variance (a subset of its own for each seed)"
+    parser.add_argument("--study", default="main", help=studies)
     parser.add_argument("--config", help="one configuration instead of the scale's own")
     parser.add_argument("--methods", nargs="+", metavar="ARM", help="some arms of the study instead of all")
     parser.add_argument("--seeds", type=int, help="number of seeds instead of the scale's own")
@@ -205,7 +207,7 @@ def planned(asked: argparse.Namespace) -> list[Study]:
         ConfigError: there is no such scale, study or arm, or what was asked cannot be published.
     """
     from mdcs.config import Config
-    from mdcs.study import MAIN, SMOKE, STUDIES, VARIANCE_SEEDS
+    from mdcs.study import LEAST_SEEDS, MAIN, SMOKE, STUDIES
     from shared.config import load
     from shared.study import choose_scale
 
@@ -227,7 +229,7 @@ def planned(asked: argparse.Namespace) -> list[Study]:
         arms = {name: MAIN[name] for name in plan.arms}
     if asked.methods:
         arms = {name: STUDIES[asked.study][name] for name in asked.methods}
-    seeds = asked.seeds or (max(plan.seeds, VARIANCE_SEEDS) if asked.study == "variance" else plan.seeds)
+    seeds = asked.seeds or max(plan.seeds, LEAST_SEEDS.get(asked.study, 1))
     names = [asked.config] if asked.config else plan.configs
     for name in names:
         own = load(find_config(name, "mdcs"), Config).method.name

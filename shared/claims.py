@@ -71,7 +71,9 @@ def judge(claim: Claim, figures: Figures, statistics: bool = True) -> Judgement:
         return Judgement(claim, f"{len(seeds)} paired seeds", len(seeds), "not run at this scale")
     difference = paired_difference([left[s] for s in seeds], [right[s] for s in seeds])
     ours = show_difference(difference, claim.percent) + (" points" if claim.percent else "")
-    ours += f" against {name.partition('/')[0]}" if isinstance(claim.right, tuple) else ""
+    if isinstance(claim.right, tuple):
+        method, _, metric = name.partition("/")
+        ours += f" against {metric if claim.left.startswith(method + '/') else method}"
     verdict: Verdict = "reproduced" if difference.low > 0 else "inconclusive"
     return Judgement(claim, ours, len(seeds), "not reproduced" if difference.high < 0 else verdict)
 
