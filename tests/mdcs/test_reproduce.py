@@ -103,7 +103,7 @@ def test_arms_and_seeds_can_be_chosen():
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--scale", "huge"], "--scale huge"),
-    (["--scale", "smoke", "--study", "nothing"], "--study nothing: unknown; choose from main, distillation, views, sweeps"),
+    (["--scale", "smoke", "--study", "nothing"], "--study nothing: unknown; choose from main, distillation, views"),
     (["--scale", "smoke", "--methods", "mdcs", "alpha_0.3"], "--methods alpha_0.3: unknown; choose from mdcs, dl_both"),
     (["--scale", "smoke", "--study", "sweeps", "--methods", "ce"], "--methods ce: unknown; choose from mdcs, cis_on"),
     (["--scale", "smoke", "--seeds", "0"], "--seeds 0"),
