@@ -32,7 +32,7 @@ class Ranges:
 def draw(n: int, ranges: Ranges, generator: Generator) -> Tensor:
     """The parameters of n images, float32 [n, 7] on the generator's device.
 
-    Columns: angle (radians), zoom x and y, dx and dy (shares of the side; content moves by +d), brightness, flip (0, 1).
+    Columns: angle (radians), zoom x and y, dx and dy (shares of the side, content moves by +d), brightness, flip.
     """
     uniform = torch.rand(n, 7, generator=generator, device=generator.device)
     spread = 2 * uniform - 1  # uniform in [-1, 1)
@@ -41,7 +41,7 @@ def draw(n: int, ranges: Ranges, generator: Generator) -> Tensor:
     zoom, shift, brightness = (
         r * s
         for r, s in zip(
-            (ranges.zoom, ranges.shift, ranges.brightness), torch.split(spread[:, 1:6], (2, 2, 1), dim=1), strict=True
+            (ranges.zoom, ranges.shift, ranges.brightness), torch.split(spread[:, 1:6], [2, 2, 1], dim=1), strict=True
         )
     )
     return torch.cat([angle, 1 + zoom, shift, brightness, flip], dim=1)
@@ -56,7 +56,7 @@ def augment(images: Tensor, draws: Tensor, ranges: Ranges, warp: Warp = "sequent
     """
     if not len(images):
         return images
-    angle, zoom, shift, brightness, flip = torch.split(draws, (1, 2, 2, 1, 1), dim=1)
+    angle, zoom, shift, brightness, flip = torch.split(draws, [1, 2, 2, 1, 1], dim=1)
     if ranges.flip:
         images = torch.where(flip.view(-1, 1, 1, 1) > 0, images.flip(-1), images)
     if warp == "combined":

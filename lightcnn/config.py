@@ -48,7 +48,7 @@ class Stage2Config(Section):
     """Fine-tuning of the merged model; the schedule is the method's."""
 
     max_epochs: int | None = Field(None, ge=1, description="a cap on every phase's epochs (default: the schedule's)")
-    cache_mib: int = Field(1024, ge=0, description="memory for the frozen layers' outputs, computed once a phase")
+    cache_mib: int = Field(2048, ge=0, description="memory for the frozen layers' outputs, computed once a phase")
 
 
 class PlainConfig(Section):

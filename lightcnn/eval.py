@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightcnn.algorithm import BRANCHES, CARRY, Points, Step, final_point, plan
 from lightcnn.config import Config
-from lightcnn.feed import EVALUATED_AT_ONCE, pixels
+from lightcnn.feed import at_once, pixels
 from lightcnn.fused import Stack, rows, unstack
 from lightcnn.networks import Network
 from lightcnn.problem import Problem, load_problem, load_test
@@ -34,7 +34,7 @@ Figure = dict[str, Any]  # seed, at, split, metric, value: a row of the results
 def probabilities(network: Network, stacked: Stack, images: Tensor, config: Config) -> Tensor:
     """Class probabilities [L, N, K] of L networks on the same images, uint8 [N, C, H, H]."""
     count, parts = len(next(iter(stacked.values()))), []
-    for some in torch.split(images, max(1, EVALUATED_AT_ONCE // count)):
+    for some in torch.split(images, at_once(images.device, count)):
         inputs = pixels(some).expand(count, *some.shape)
         with autocast(images.device, config.precision):
             logits = network.forward(stacked, inputs, network.levels)
@@ -157,7 +157,7 @@ def multiply_adds(module: nn.Module, images: Tensor) -> int:
 
 
 def save_points(folder: Path, steps: Sequence[Step], points: Points, problem: Problem, config: Config) -> Stack:
-    """Write each seed's final network as an ordinary model, and all points' networks in one file; returns its tensors."""
+    """Write each seed's final network as an ordinary model, and all points' in one file; returns its tensors."""
     tensors = {f"{point}.{name}": tensor for point, stacked in points.items() if point != CARRY
                for name, tensor in stacked.items()}  # fmt: skip
     description = {

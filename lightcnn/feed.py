@@ -19,7 +19,11 @@ from shared.batches import epoch_order, split_batches
 from shared.gpu import autocast
 
 CHUNK_IMAGES = 512  # a lane's images prepared at once; a constant, for the draws of dropout depend on it
-EVALUATED_AT_ONCE = 1024  # images of all networks together
+
+
+def at_once(device: torch.device, networks: int) -> int:
+    """Images of each network in one forward pass without gradient; on a CPU few enough for the caches."""
+    return max(1, (128 if device.type == "cpu" else 8192) // networks)
 
 
 def frozen_levels(step: Step) -> tuple[str, ...]:
@@ -52,12 +56,12 @@ def frozen_outputs(training: Training, problem: Problem, config: Config) -> list
         return None
     outputs = []
     for lane in range(len(training.lanes)):
-        own = fused.rows(training.weights, [lane])
-        parts = []
-        for images in torch.split(problem.images, EVALUATED_AT_ONCE):
+        own, some = fused.rows(training.weights, [lane]), at_once(problem.images.device, 1)
+        whole = sample.new_empty(len(problem.images), *sample.shape[2:])
+        for images, place in zip(torch.split(problem.images, some), torch.split(whole, some), strict=True):
             with autocast(images.device, config.precision):
-                parts.append(step.network.forward(own, pixels(images[None]), levels)[0])
-        outputs.append(torch.cat(parts))
+                place.copy_(step.network.forward(own, pixels(images[None]), levels)[0])
+        outputs.append(whole)
     return outputs
 
 

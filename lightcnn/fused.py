@@ -14,6 +14,7 @@ from lightcnn.model import DROPOUT, HeadActivation
 
 Stack = dict[str, Tensor]
 SIDES = ("a", "b")
+BRANCHES_AT_ONCE = 4  # of a batch of 32 on a CPU: their activations stay in the caches, which saves a fifth of a step
 
 
 def stack(states: Sequence[Mapping[str, Tensor]]) -> Stack:
@@ -54,10 +55,11 @@ def unfuse(fused: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def grouped(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """G convolutions at once: inputs [B, G * in, H, W], weight [G, out, in, k, k], bias [G, out] -> [B, G * out, h, w].
 
-    channels_last is three times faster here than NCHW on a CPU.
+    channels_last is three times faster here than NCHW on a CPU. `to` sets the strides that say so also for one channel,
+    where `contiguous` leaves NCHW's.
     """
-    kernel = weight.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    inputs = inputs.contiguous(memory_format=torch.channels_last)
+    kernel = weight.flatten(0, 1).to(memory_format=torch.channels_last)
+    inputs = inputs.to(memory_format=torch.channels_last)
     return functional.conv2d(inputs, kernel, bias.flatten(), groups=weight.shape[0])
 
 
@@ -76,8 +78,21 @@ def to_lanes(outputs: Tensor, lanes: int) -> Tensor:
     return torch.unflatten(outputs, 1, (lanes, -1)).transpose(0, 1)
 
 
+def parts_of(inputs: Tensor, branches: int = 1) -> list[slice]:
+    """Which networks of [L, B, ...] are computed together, where each has so many branches.
+
+    On a GPU, and where no convolution is left to do, all of them.
+    """
+    cut = inputs.device.type == "cpu" and inputs.dim() == 5
+    few = max(1, BRANCHES_AT_ONCE // branches) if cut else len(inputs)
+    return [slice(first, first + few) for first in range(0, len(inputs), max(1, few))]
+
+
 def submodel_logits(stacked: Stack, images: Tensor) -> Tensor:
     """`Submodel.forward` of L submodels: images [L, B, C, H, W] -> logits [L, B, K]."""
+    parts = parts_of(images)
+    if len(parts) > 1:
+        return torch.cat([submodel_logits({n: t[part] for n, t in stacked.items()}, images[part]) for part in parts])
     lanes = len(images)
     hidden = conv_pool(to_channels(images), stacked["conv1.weight"], stacked["conv1.bias"])
     hidden = conv_pool(hidden, stacked["conv2.weight"], stacked["conv2.bias"])

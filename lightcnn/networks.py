@@ -90,9 +90,15 @@ class Merged:
     def forward(
         self, stacked: Stack, inputs: Tensor, levels: Sequence[str], kept: Tensor | None = None, training: bool = False
     ) -> Tensor:
-        for group in levels:
-            inputs = fused.merged_layer(stacked, group, inputs, self.activation, kept)
-        return inputs
+        outputs = []
+        for part in fused.parts_of(inputs, branches=2):
+            hidden = inputs[part]
+            some = {name: tensor[part] for name, tensor in stacked.items()}
+            for group in levels:
+                masks = None if kept is None else kept[part]
+                hidden = fused.merged_layer(some, group, hidden, self.activation, masks)
+            outputs.append(hidden)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def to_module(self, state: dict[str, Tensor]) -> MergedCNN:
         module = self.make(0)
@@ -123,7 +129,7 @@ class Modules:
         parts = {name: tensor.unbind() if tensor.requires_grad else [tensor[i] for i in lanes]
                  for name, tensor in stacked.items()}  # fmt: skip
         states = [{name: part[i] for name, part in parts.items()} for i in lanes]
-        return torch.stack([functional_call(self.template, states[i], (inputs[i],)) for i in lanes])  # type: ignore[no-untyped-call]
+        return torch.stack([functional_call(self.template, states[i], (inputs[i],)) for i in lanes])
 
     def to_module(self, state: dict[str, Tensor]) -> nn.Module:
         module = self.make(0)

@@ -37,10 +37,14 @@ class Lane:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """All that training needs of the data; images uint8 [N, C, H, H] and labels [N] are on the device."""
+    """All that training needs of the data; images uint8 [N, C, H, H] and labels [N] are on the device.
+
+    `places` [N] says where in the data set's files each image stands.
+    """
 
     images: Tensor
     labels: Tensor
+    places: Tensor
     classes: tuple[str, ...]
     lanes: tuple[Lane, ...]
     digest: str
@@ -74,10 +78,13 @@ def load_problem(config: Config, device: torch.device) -> Problem:
     whole = data.load(config.data.name, "train", download=config.data.download)
     check_square(whole)
     train, validation = split(whole, config.data)
+    places = torch.cat([train, validation]).sort().values
+    used = data.take(whole, places)
+    train, validation = torch.searchsorted(places, train), torch.searchsorted(places, validation)
     lanes = tuple(lane for seed in config.all_seeds for lane in lanes_of(seed, train, validation, config))
-    chosen = torch.cat([train, validation]).numpy().tobytes()
-    digest = f"{whole.digest[:32]}-{len(train)}-{len(validation)}-{sum(chosen) % 10**6}"
-    return Problem(whole.images.to(device), whole.labels.to(device), whole.classes, lanes, digest)
+    digest = data.take(used, torch.cat([train, validation])).digest
+    images, labels = used.images.to(device), used.labels.to(device)
+    return Problem(images, labels, places, whole.classes, lanes, digest)
 
 
 def load_test(config: Config) -> ImageSet:

@@ -76,7 +76,7 @@ def train_one_epoch(
         training.train_epoch(phase, problem, config, after_step)
     except NotFiniteError as error:
         batch = feed.batch_positions(phase)[first + error.step]
-        images = feed.orders(phase)[:, batch].tolist()
+        images = problem.places[feed.orders(phase)[:, batch]].tolist()
         seeds = [phase.lanes[lane].seed for lane in phase.active]
         where = {"phase": phase.step.phase.name, "epoch": phase.epoch, "seeds": seeds, "images": images}
         raise run.not_finite(error, **where) from None

@@ -8,7 +8,7 @@ import torch
 from lightcnn import fused
 from lightcnn.algorithm import CARRY, Points, Step
 from lightcnn.config import Config
-from lightcnn.feed import EVALUATED_AT_ONCE, batch_positions, batches, frozen_outputs, gather, live_levels
+from lightcnn.feed import at_once, batch_positions, batches, frozen_outputs, gather, live_levels
 from lightcnn.method import EarlyStopping, lane_losses
 from lightcnn.optim import one_cycle, set_rate
 from lightcnn.problem import Problem
@@ -74,7 +74,7 @@ def validate(training: Training, problem: Problem, config: Config) -> list[float
     held = torch.stack([training.lanes[lane].validation for lane in training.active]).to(problem.images.device)
     levels, count = live_levels(training), len(training.active) * training.members
     right = torch.zeros(count, dtype=torch.int64, device=problem.images.device)
-    for indices in torch.split(held, max(1, EVALUATED_AT_ONCE // count), dim=1):
+    for indices in torch.split(held, at_once(held.device, count), dim=1):
         inputs = gather(training, problem, indices).repeat_interleave(training.members, dim=0)
         with autocast(problem.images.device, config.precision):
             logits = training.step.network.forward(training.weights, inputs, levels)

@@ -1,0 +1,70 @@
+"""Small real data and configurations for the tests of lightcnn."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lightcnn.config import Config
+from lightcnn.problem import Problem, load_problem
+from shared import data
+from shared.config import parse
+
+CPU = torch.device("cpu")
+TEXT = """
+paper: lightcnn
+data: {name: sample, validation: 50, validation_from: each_class, train: 130}
+stage1: {epochs: 2, patience: 5}
+stage2: {max_epochs: 2}
+plain: {epochs: 2}
+seeds: 2
+device: cpu
+"""
+
+
+@pytest.fixture(scope="session")
+def config_of() -> Callable[..., Config]:
+    """A tiny configuration with overrides."""
+    return lambda *overrides: parse(TEXT, Config, overrides, source="tiny")
+
+
+@pytest.fixture(scope="session")
+def problem_of() -> Callable[[Config], Problem]:
+    """Its problem, on the CPU."""
+    torch.set_num_threads(1)
+    return lambda config: load_problem(config, CPU)
+
+
+@pytest.fixture(scope="session")
+def images() -> torch.Tensor:
+    """500 real images, mixed classes, in [0, 1]."""
+    return data.load("sample", "test").images[::10].float() / 255
+
+
+@pytest.fixture(scope="session")
+def labels() -> torch.Tensor:
+    """Their classes."""
+    return data.load("sample", "test").labels[::10]
+
+
+@pytest.fixture(scope="session")
+def run_phases() -> Callable[..., Any]:
+    """Train all steps of a plan in memory; returns (points, the Training of each step, the epochs of each)."""
+    from lightcnn import training
+    from lightcnn.algorithm import plan
+
+    def run(config: Config, problem: Problem, count: int | None = None) -> Any:
+        points, states, epochs = {}, [], []
+        for step in plan(config, problem)[:count]:
+            state = training.begin(step, points, problem, config)
+            reports = []
+            while not state.done:
+                training.train_epoch(state, problem, config)
+                reports.append(training.end_epoch(state, training.validate(state, problem, config)))
+            points = training.end_phase(state, points)
+            states.append(state)
+            epochs.append(reports)
+        return points, states, epochs
+
+    return run
