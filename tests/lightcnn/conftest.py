@@ -1,11 +1,13 @@
 """Small real data and configurations for the tests of lightcnn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from lightcnn import problem as problem_module
+from lightcnn import training
 from lightcnn.config import Config
 from lightcnn.problem import Problem, load_problem
 from shared import data
@@ -48,10 +50,29 @@ def labels() -> torch.Tensor:
     return data.load("sample", "test").labels[::10]
 
 
+@pytest.fixture(scope="module")
+def small_test_set() -> Iterator[None]:
+    """The test set cut to 100 images."""
+    with pytest.MonkeyPatch.context() as patch:
+        real = problem_module.load_test
+        patch.setattr(problem_module, "load_test", lambda config: data.take(real(config), range(0, 5000, 50)))
+        yield
+
+
+@pytest.fixture(scope="session")
+def scripted_validation() -> Callable[..., list[float]]:
+    """Takes the place of `training.validate`: seed s improves until epoch 3 + s, so the seeds stop one by one."""
+
+    def scripted(state: Any, problem: Problem, config: Config) -> list[float]:
+        seeds = [state.lanes[lane].seed for lane in state.active for _ in range(state.members)]
+        return [0.05 * min(state.epoch, 3 + seed) for seed in seeds]
+
+    return scripted
+
+
 @pytest.fixture(scope="session")
 def run_phases() -> Callable[..., Any]:
     """Train all steps of a plan in memory; returns (points, the Training of each step, the epochs of each)."""
-    from lightcnn import training
     from lightcnn.algorithm import plan
 
     def run(config: Config, problem: Problem, count: int | None = None) -> Any:

@@ -1,5 +1,7 @@
 """Losses, schedules and early stopping: oracles T6, T8, T9, T16, T20."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.nn import functional
@@ -30,7 +32,7 @@ COUNTS = {
 
 def test_the_dual_loss_is_the_sum_of_two_mean_cross_entropies():
     logits, targets = torch.randn(2, 8, 10), torch.randint(10, (8,))
-    wanted = sum(-l.log_softmax(1)[range(8), targets].mean() for l in logits)
+    wanted = sum(-output.log_softmax(1)[range(8), targets].mean() for output in logits)
     torch.testing.assert_close(dual_loss(list(logits), targets), wanted)
     torch.testing.assert_close(lane_losses(logits, targets.expand(2, -1)).sum(), wanted)
 
@@ -87,7 +89,7 @@ def test_each_phase_trains_all_that_the_one_before_did_from_the_top_down(name):
     phases = unfreezing_schedule(name)
     for phase in phases:
         assert phase.trains == GROUPS[-len(phase.trains) :]
-    for before, after in zip(phases, phases[1:], strict=False):
+    for before, after in pairwise(phases):
         assert set(before.trains) < set(after.trains)
     assert phases[-1].trains == GROUPS
 
@@ -111,7 +113,7 @@ VALUES = (0.90, 0.91, 0.9103, 0.9105, 0.9106, 0.9107, 0.9108)
 
 def test_early_stopping_keeps_the_epoch_that_no_later_one_exceeds_by_min_delta():
     stop = EarlyStopping(patience=5)
-    seen = [stop.update(epoch, value) + (stop.stopped,) for epoch, value in enumerate(VALUES)]
+    seen = [(*stop.update(epoch, value), stop.stopped) for epoch, value in enumerate(VALUES)]
     assert (stop.kept_epoch, stop.kept) == (1, 0.91)
     assert [stopped for *_, stopped in seen] == [False] * 6 + [True]
     assert [improved for _, improved, _ in seen] == [True, True] + [False] * 5

@@ -90,9 +90,7 @@ def test_the_merged_model_is_its_definition(channels, size, single, merged, side
         h = functional.conv2d(h, w[f"head_{s}.weight"], w[f"head_{s}.bias"]).flatten(1)
         outputs.append(h.relu() if activation == "relu" else h)
     h = functional.linear(torch.cat(outputs, 1), w["fc1.weight"], w["fc1.bias"]).relu()
-    torch.testing.assert_close(
-        whole(images), functional.linear(h, w["fc2.weight"], w["fc2.bias"]), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(whole(images), functional.linear(h, w["fc2.weight"], w["fc2.bias"]), atol=1e-5, rtol=0)
 
 
 def test_with_a_summing_head_the_merged_model_gives_the_sum_of_the_branches_positive_logits():
