@@ -24,6 +24,7 @@ class DataConfig(Section):
         "first", description="which are held out: the first in file order (the paper), or the first of each class"
     )
     train: int | None = Field(None, ge=1, description="training images taken, evenly over the classes (default: all)")
+    test: int | None = Field(None, ge=1, description="test images read, evenly over the classes (default: all)")
 
 
 class AugmentConfig(Section):

@@ -1,12 +1,11 @@
 """Small real data and configurations for the tests of lightcnn."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from lightcnn import problem as problem_module
 from lightcnn import training
 from lightcnn.config import Config
 from lightcnn.problem import Problem, load_problem
@@ -16,7 +15,7 @@ from shared.config import parse
 CPU = torch.device("cpu")
 TEXT = """
 paper: lightcnn
-data: {name: sample, validation: 50, validation_from: each_class, train: 130}
+data: {name: sample, validation: 50, validation_from: each_class, train: 130, test: 200}
 stage1: {epochs: 2, patience: 5}
 stage2: {max_epochs: 2}
 plain: {epochs: 2}
@@ -48,15 +47,6 @@ def images() -> torch.Tensor:
 def labels() -> torch.Tensor:
     """Their classes."""
     return data.load("sample", "test").labels[::10]
-
-
-@pytest.fixture(scope="module")
-def small_test_set() -> Iterator[None]:
-    """The test set cut to 100 images."""
-    with pytest.MonkeyPatch.context() as patch:
-        real = problem_module.load_test
-        patch.setattr(problem_module, "load_test", lambda config: data.take(real(config), range(0, 5000, 50)))
-        yield
 
 
 @pytest.fixture(scope="session")

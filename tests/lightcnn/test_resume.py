@@ -16,7 +16,7 @@ from shared.run import Run
 STEPS = 5  # an epoch of 130 images in batches of 32
 FOLD_STEPS = 3  # of the 90 images outside a fold
 SETTINGS = ("stage1={epochs: 6, patience: 1}", "seeds=3")
-pytestmark = pytest.mark.usefixtures("small_test_set", "scripted")
+pytestmark = pytest.mark.usefixtures("scripted")
 KINDS = {
     "two_stage": "two_stage", "notebook": "{name: two_stage, kfold: notebook, folds: 2, schedule: notebook}",
     "honest": "{name: two_stage, kfold: honest, folds: 2}", "bn_gap": "bn_gap", "scratch_mild": "scratch_mild",
@@ -70,7 +70,7 @@ def scripted(scripted_validation):
 
 
 @pytest.fixture(scope="module")
-def never_stopped(tmp_path_factory, config_of, small_test_set, scripted):
+def never_stopped(tmp_path_factory, config_of, scripted):
     """What a run of each kind gives that nothing stops, and how many steps it has."""
     known: dict[str, Any] = {}
 
