@@ -67,11 +67,11 @@ def training_curves(folder: Path, out: Path) -> None:
                 axis.plot(epochs, values, style, color=colour, label=label, marker="." if len(own) == 1 else None)
         axis.axvspan(first + 0.5, first + len(own) + 0.5, color="0.92" if number % 2 else "0.98", zorder=0)
         label = f"{phase}\n" + "\n".join(own[0]["trains"])
-        axis.text(first + len(own) / 2 + 0.5, 0.02, label, transform=axis.get_xaxis_transform(), ha="center",
+        axis.text(first + len(own) / 2 + 0.5, 1.01, label, transform=axis.get_xaxis_transform(), ha="center",
                   va="bottom", fontsize=7)  # fmt: skip
         first += len(own)
-    axis.set(xlabel="epoch", ylabel="accuracy (%)", title="training, and what each phase trains")
-    axis.legend(fontsize=7, loc="center right")
+    axis.set(xlabel="epoch", ylabel="accuracy (%)")
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     save(figure, out / "training_curves")
 
 
@@ -84,7 +84,7 @@ def size_and_accuracy(results: dict[Path, dict[str, Any]], out: Path) -> None:
         mean = float(np.mean(values))
         spread = [[mean - min(values)], [max(values) - mean]]
         ours = found["method"] == OURS
-        axis.errorbar([size], [mean], yerr=spread, fmt="*" if ours else "o", ms=11 if ours else 4,
+        axis.errorbar([size], [mean], yerr=spread, fmt="*" if ours else "osD^v"[number // 10 % 5], ms=11 if ours else 4,
                       color=f"C{number % 10}", label=found["method"])  # fmt: skip
         name = load(folder / "config.yaml", Config).data.name
     for size, accuracy, who in PUBLISHED.get(name, ()):
