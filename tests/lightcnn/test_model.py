@@ -196,6 +196,7 @@ def test_the_fused_merged_models_are_the_plain_ones(channels, size, single, merg
     for cut in range(1, 5):  # the frozen part and the rest are the whole
         half = network.forward(stacked, images, GROUPS[:cut])
         torch.testing.assert_close(network.forward(stacked, half, GROUPS[cut:]), wanted, atol=1e-5, rtol=0)
+    assert DROPOUT == 0.5
     kept = torch.rand(lanes, 6, 32) < 0.5
     joined = network.forward(stacked, images, GROUPS[:3])
     dropped = network.forward(stacked, images, GROUPS, kept)

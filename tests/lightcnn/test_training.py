@@ -46,6 +46,8 @@ def test_the_branches_of_a_step_do_not_touch_each_other(config_of, problem_of, r
     (first, *_), (second, *_) = (run_phases(config, problem_of(config), 1) for config in both)
     assert largest_difference(first["branch_a"], second["branch_a"]) == 0
     assert largest_difference(first["branch_b"], second["branch_b"]) > 1e-3
+    start = plan(both[1], problem_of(both[1]))[0].begin({}, problem_of(both[1]).lanes)["conv1.weight"]
+    assert len({row.numpy().tobytes() for row in start}) == 4, "each branch of each seed starts from its own weights"
 
 
 def test_seeds_side_by_side_are_the_seeds_alone(config_of, problem_of, run_phases):
@@ -151,7 +153,9 @@ def test_stage_2_goes_on_from_what_early_stopping_keeps_not_from_the_last_epoch(
         training.train_epoch(state, problem, config)
         history.append({n: t.detach().clone() for n, t in state.weights.items()})
         training.end_epoch(state, [next(scripted)])
-    assert largest_difference(training.end_phase(state, points)[CARRY], history[1]) == 0
+    found = training.end_phase(state, points)
+    assert largest_difference(found[CARRY], history[1]) == 0
+    assert largest_difference(found["P1"], history[1]) == 0, "and that is what the phase reports"
     assert largest_difference(state.best, history[2]) == 0
 
 
@@ -186,6 +190,17 @@ def test_the_batches_from_the_middle_of_an_epoch_are_those_of_the_whole_epoch(co
         rest = list(feed.batches(state, problem))
         for a, b in zip(whole[3:], rest, strict=True):
             assert all((x is None and y is None) or torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_dropout_keeps_half_of_the_units_drawn_anew_for_each_image_and_seed(config_of, problem_of, run_phases):
+    config = config_of()
+    problem = problem_of(config)
+    points, *_ = run_phases(config, problem, 1)
+    state = training.begin(plan(config, problem)[1], points, problem, config)
+    kept = torch.cat([kept for *_, kept in feed.batches(state, problem)], dim=1)
+    assert kept.shape == (2, 130, 32)
+    assert 0.48 < kept.float().mean() < 0.52
+    assert len({row.numpy().tobytes() for row in kept.flatten(0, 1)}) == 260
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(config_of, problem_of):
