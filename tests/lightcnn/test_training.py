@@ -9,7 +9,7 @@ from lightcnn import feed, fused, training
 from lightcnn.algorithm import CARRY, METHODS, plan, trained_names
 from lightcnn.method import Phase
 from lightcnn.model import merge
-from shared.errors import InterruptedRunError
+from shared.errors import DataError, InterruptedRunError
 from shared.gpu import NotFiniteError
 
 SEEDS = (0, 1, 2)
@@ -284,18 +284,31 @@ def test_64_images_are_learnt_by_heart(config_of, problem_of, run_phases):
 
 
 @pytest.mark.slow
-def test_the_clean_branch_is_ahead_and_the_new_head_keeps_its_accuracy(config_of, problem_of, run_phases):
-    """T21 and T22 on the embedded images: 9,000 to train, 2 epochs of stage 1, 1 of P1."""
-    config = config_of("data={name: sample, validation: 1000, validation_from: each_class}", "stage2.max_epochs=1",
-                       "seeds=3")  # fmt: skip
-    problem = problem_of(config)
+@pytest.mark.parametrize(
+    ("source", "below"),
+    [("name: mnist", 0.03), ("name: sample, validation_from: each_class", 0.08)],
+    ids=["mnist", "sample"],
+)
+def test_the_clean_branch_is_ahead_and_the_new_head_keeps_its_accuracy(
+    config_of, problem_of, run_phases, source, below
+):
+    """T21 and T22: 2 epochs of stage 1 and 1 of P1 on 10,000 digits or 9,000 embedded images.
+
+    Three seeds each were 0.7 to 1.1 points below the clean branch on digits, 3 to 6 on clothes.
+    """
+    size = "validation: 10000, train: 10000" if "mnist" in source else "validation: 1000"
+    config = config_of(f"data={{{source}, {size}}}", "stage2.max_epochs=1", "seeds=3")
+    try:
+        problem = problem_of(config)
+    except DataError as error:
+        pytest.skip(f"needs MNIST: {error}")
     _, _, epochs = run_phases(config, problem, 2)
     for seed in range(3):
         for epoch in epochs[0]:
             assert epoch[seed].validation[0] > epoch[seed].validation[1]
             assert epoch[seed].train[0] > epoch[seed].train[1] + 0.05
         best = max(epoch[seed].validation[0] for epoch in epochs[0])
-        assert epochs[1][0][seed].validation[0] > best - 0.08  # one epoch on 9,000 images: 3 to 6 points below
+        assert epochs[1][0][seed].validation[0] > best - below
 
 
 def test_merging_the_stack_is_merging_the_modules(config_of, problem_of, run_phases):
