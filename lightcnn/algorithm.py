@@ -65,7 +65,6 @@ VARIANTS: dict[str, dict[str, str]] = {
     "combined_warp": {},
 }
 METHODS: tuple[str, ...] = ("two_stage", *VARIANTS, *BASELINES)
-TWO_STAGE = ("two_stage", *VARIANTS)
 
 
 def settings_of(config: Config) -> TwoStageConfig:

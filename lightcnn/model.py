@@ -1,7 +1,6 @@
 """The paper's two networks, plainly: the submodel and the merged model. `fused.py` computes the same numbers faster."""
 
 import math
-from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
@@ -141,11 +140,6 @@ def merge(
                 head.weight.copy_(branch.fc.weight.view_as(head.weight))  # flatten is (c, h, w), as in a convolution
                 head.bias.copy_(branch.fc.bias)  # type: ignore[union-attr]
     return merged.to(branch_a.fc.weight.device)
-
-
-def count_parameters(shapes: Sequence[Tensor]) -> int:
-    """Values in all tensors."""
-    return sum(tensor.numel() for tensor in shapes)
 
 
 def conv_pool(layer: nn.Conv2d, inputs: Tensor) -> Tensor:

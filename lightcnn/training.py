@@ -31,11 +31,10 @@ def begin(step: Step, points: Points, problem: Problem, config: Config) -> Train
     device = problem.images.device
     lanes = tuple(lane_of_fold(lane, step, config) for lane in problem.lanes)
     weights = {name: tensor.detach().clone().to(device) for name, tensor in step.begin(points, problem.lanes).items()}
-    optimizer = new_optimizer(step, weights)
     stops = [EarlyStopping(step.phase.patience, step.phase.start) for _ in range(len(lanes) * len(step.images))]
-    everyone = list(range(len(lanes)))
-    training = Training(step, lanes, everyone, weights, optimizer, stops, dict(weights), dict(weights))
-    training.best, training.kept = (fused.rows(weights, range(len(stops))) for _ in range(2))
+    best, kept = (fused.rows(weights, range(len(stops))) for _ in range(2))
+    optimizer, everyone = new_optimizer(step, weights), list(range(len(lanes)))
+    training = Training(step, lanes, everyone, weights, optimizer, stops, best, kept)
     training.inputs = frozen_outputs(training, problem, config)
     return training
 
