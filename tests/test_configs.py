@@ -13,6 +13,7 @@ from shared.config import load
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FILES = sorted(path for path in REPOSITORY.glob("*/configs/*.yaml"))
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # its package is found wherever DATA_ROOT points
 each_file = pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(REPOSITORY)) for path in FILES])
 
 
@@ -40,7 +41,7 @@ def test_a_configuration_dry_runs_or_says_in_one_line_which_data_is_missing(path
     code = main(["--config", str(path), "--dry-run", *offline(path)])
     printed = capsys.readouterr()
     data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
-    if data["name"] == "sample":
+    if data["name"] == "sample" or (data["name"] == "fashion_mnist" and DEBIAN.is_dir()):
         assert code == 0, printed.err
         assert "# parameters" in printed.out
     else:

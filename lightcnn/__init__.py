@@ -1,0 +1,1 @@
+"""Building Efficient Lightweight CNN Models: two small networks, merged and fine-tuned from the top down."""

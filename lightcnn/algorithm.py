@@ -1,0 +1,186 @@
+"""Every method as a list of steps: the two-stage method, its ablations, and the baselines in one go.
+
+A step is a phase of training with its network, its first weights, its images and what it keeps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lightcnn.augment import Ranges, Warp
+from lightcnn.baselines import BASELINES, Baseline, ImageShape
+from lightcnn.config import BaselineConfig, Config, TwoStageConfig, VariantConfig
+from lightcnn.fused import Stack, fuse, stack, unstack
+from lightcnn.method import STAGE1, Phase, fold_phases, unfreezing_schedule
+from lightcnn.model import merge
+from lightcnn.networks import Merged, Network, Submodels
+from lightcnn.problem import Lane, Problem
+
+Points = dict[str, Stack]  # the networks kept at each point of a run: name -> stack with one network a lane
+BRANCHES = ("branch_a", "branch_b")  # the points of stage 1
+CARRY = "carry"  # the point that the next step goes on from
+
+
+@dataclass(frozen=True)
+class Images:
+    """What the training images of one network go through; `ranges` None leaves them clean."""
+
+    ranges: Ranges | None = None
+    warp: Warp = "sequential"
+
+
+CLEAN = Images()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One phase of a run.
+
+    Each lane trains as many networks as `images` has entries, on the same batches. `points` names what is kept of each:
+    the best epoch on validation ("best": Keras' checkpoint) or the one that early stopping restores. The latter is also
+    what the next step goes on from. `fold` chooses the notebook's fold instead of the lane's own images.
+    """
+
+    phase: Phase
+    network: Network
+    begin: Callable[[Points, Sequence[Lane]], Stack]
+    images: tuple[Images, ...]
+    points: tuple[str, ...]
+    keep: Literal["best", "early_stopping"]
+    batch_size: int
+    peak_lr: float | None = (
+        None  # one-cycle SGD with this highest rate; None: the phase's optimiser at its constant rate
+    )
+    fold: int | None = None
+
+
+VARIANTS: dict[str, dict[str, str]] = {
+    "literal": {"schedule": "literal"},
+    "notebook": {"schedule": "notebook", "head_transfer": "a_only"},
+    "all_at_once": {"schedule": "all_at_once"},  # B4
+    "two_clean": {"branch_b": "clean"},  # B5
+    "a_only": {"head_transfer": "a_only"},  # B6, and the next three
+    "no_transfer": {"head_transfer": "none"},
+    "linear_head": {"head_activation": "linear"},
+    "combined_warp": {},
+}
+METHODS: tuple[str, ...] = ("two_stage", *VARIANTS, *BASELINES)
+
+
+def settings_of(config: Config) -> TwoStageConfig:
+    """The two-stage method's choices under the configuration's method, which is not a baseline."""
+    if isinstance(config.method, TwoStageConfig):
+        return config.method
+    assert isinstance(config.method, VariantConfig)
+    return TwoStageConfig.model_validate({"name": "two_stage", **VARIANTS[config.method.name]})
+
+
+def plan(config: Config, problem: Problem) -> list[Step]:
+    """The steps of a run, in order."""
+    shape = ImageShape(problem.in_channels, problem.image_size, len(problem.classes))
+    if isinstance(config.method, BaselineConfig):
+        return [baseline_step(config, BASELINES[config.method.name], shape)]
+    return two_stage(config, settings_of(config), shape)
+
+
+def two_stage(config: Config, settings: TwoStageConfig, shape: ImageShape) -> list[Step]:
+    """Stage 1: two submodels on clean and on augmented images. The merge. Stage 2: unfreezing from the top."""
+    warp: Warp = "combined" if config.method.name == "combined_warp" else config.augment.warp
+    augmented = Images(paper_ranges(config), warp)
+    pair = (CLEAN, augmented if settings.branch_b == "augmented" else CLEAN)
+    submodels = Submodels(*shape)
+    phase = replace(STAGE1, epochs=config.stage1.epochs, patience=config.stage1.patience)
+    steps = [Step(phase, submodels, first_submodels(submodels), pair, BRANCHES, "best", config.batch_size)]
+
+    merged, begin = Merged(*shape, settings.head_activation), merge_branches(submodels, settings)
+    for phase in stage2_phases(config, settings):
+        steps.append(Step(phase, merged, begin, (CLEAN,), (phase.name,), "early_stopping", config.batch_size))
+        begin = carry_on
+    if settings.kfold == "notebook":
+        for number, phase in enumerate(capped(fold_phases(settings.folds), config)):
+            points = (phase.name,)
+            steps.append(Step(phase, merged, carry_on, (CLEAN,), points, "best", config.batch_size, fold=number))
+    return steps
+
+
+def stage2_phases(config: Config, settings: TwoStageConfig) -> list[Phase]:
+    """The schedule's phases, with the configuration's cap on their epochs."""
+    return capped(unfreezing_schedule(settings.schedule), config)
+
+
+def capped(phases: list[Phase], config: Config) -> list[Phase]:
+    """The phases with `stage2.max_epochs`."""
+    cap = config.stage2.max_epochs
+    return [replace(phase, epochs=min(phase.epochs, cap or phase.epochs)) for phase in phases]
+
+
+def first_submodels(network: Submodels) -> Callable[[Points, Sequence[Lane]], Stack]:
+    """Two submodels a lane, each from its own seed."""
+    return lambda points, lanes: stack([network.initial(lane.init_seed(side)) for lane in lanes for side in "ab"])
+
+
+def merge_branches(network: Submodels, settings: TwoStageConfig) -> Callable[[Points, Sequence[Lane]], Stack]:
+    """The merged model of each lane's two branches."""
+
+    def begin(points: Points, lanes: Sequence[Lane]) -> Stack:
+        states = []
+        for number, lane in enumerate(lanes):
+            a, b = (network.to_module(unstack(points[f"branch_{side}"], number)) for side in "ab")
+            merged = merge(a, b, settings.head_transfer, settings.head_activation, lane.init_seed("merge"))
+            states.append(fuse(merged.state_dict()))
+        return stack(states)
+
+    return begin
+
+
+def carry_on(points: Points, lanes: Sequence[Lane]) -> Stack:
+    """The weights with which the step before ended."""
+    return points[CARRY]
+
+
+def baseline_step(config: Config, baseline: Baseline, shape: ImageShape) -> Step:
+    """One network in one go, for at most as many epochs as both stages have; its best epoch on validation is kept."""
+    network = baseline.build(shape)
+    epochs = config.plain.epochs or nominal_epochs(config)
+    cycle = baseline.optimizer == "one_cycle"
+    phase = Phase(
+        "train", network.groups, "sgd" if cycle else "nadam", epochs, 0 if cycle else config.plain.patience, start=3
+    )  # a cycle is not cut short: its end is what it is for
+    images = {
+        "clean": CLEAN,
+        "paper": Images(paper_ranges(config), config.augment.warp),
+        "mild": Images(Ranges(rotation=10 / 360, zoom=0.0, shift=2 / shape.image_size), "combined"),
+        "shift": Images(Ranges(rotation=0.0, zoom=0.0, shift=2 / shape.image_size), "combined"),
+    }[baseline.images]
+    batch_size = (config.plain.batch_size if cycle else None) or config.batch_size
+
+    def begin(points: Points, lanes: Sequence[Lane]) -> Stack:
+        return stack([network.initial(lane.init_seed("a")) for lane in lanes])
+
+    peak = config.plain.peak_lr if cycle else None
+    return Step(phase, network, begin, (images,), (phase.name,), "best", batch_size, peak_lr=peak)
+
+
+def paper_ranges(config: Config) -> Ranges:
+    """The configuration's augmentation."""
+    return Ranges(**config.augment.model_dump(exclude={"warp"}))
+
+
+def nominal_epochs(config: Config) -> int:
+    """The most epochs that the two-stage method may take under this configuration: E of section 7.1."""
+    return config.stage1.epochs + sum(phase.epochs for phase in stage2_phases(config, TwoStageConfig()))
+
+
+def trained_names(step: Step, stacked: Stack) -> list[str]:
+    """The tensors of a stack that a step trains: those of its groups; counters and statistics are no parameters."""
+    buffers = {"running_mean", "running_var", "num_batches_tracked"}
+    return [
+        name
+        for name in stacked
+        if name.partition(".")[0] in step.phase.trains and name.rpartition(".")[2] not in buffers
+    ]
+
+
+def final_point(steps: Sequence[Step]) -> str:
+    """The point whose network is the run's result."""
+    return steps[-1].points[-1]

@@ -1,0 +1,124 @@
+"""What the paper claims, as code; and the counts that need no statistics.
+
+Only the abstract's numbers are the paper's own: its tables could not be read when this was written.
+"""
+
+from shared.claims import Claim, Comparison, Fact
+
+# Accuracies are printed as whole per cents: 99 % is what rounds to 99 (brief, section 5, U8).
+ACCURACIES = {"mnist": (0.985, "99 %"), "fashion_mnist": (0.885, "89 %"), "cifar10": (0.645, "65 %")}
+# Networks of at most the paper's size, trained here; each has at most 14,862 (CIFAR-10: 19,622) parameters.
+PEERS = ("bn_gap", "wide", "wide_one_cycle", "scratch_one_cycle", "scratch_mild")
+
+COMPARISONS: tuple[Comparison, ...] = (
+    Comparison(
+        "Merging and fine-tuning is better than half of it: the clean branch alone after stage 1",
+        "abstract: merging two models",
+        "two_stage/accuracy",
+        "two_stage/branch_a.accuracy",
+        paper="+0.2 (validation, notebook)",
+        headline=True,
+    ),
+    Comparison(
+        "The merged model is better than the mean of the two branches' probabilities",
+        "what a learned head adds to an ensemble",
+        "two_stage/accuracy",
+        "two_stage/branches_mean.accuracy",
+    ),
+    Comparison(
+        "Progressive unfreezing is better than training everything at once",
+        "abstract: progressive unfreezing",
+        "two_stage/accuracy",
+        "all_at_once/accuracy",
+        headline=True,
+    ),
+    Comparison(
+        "A branch trained on augmented images is better than a second clean one",
+        "abstract: dual-input-output model",
+        "two_stage/accuracy",
+        "two_clean/accuracy",
+        headline=True,
+    ),
+    Comparison(
+        "The two stages are better than training the same network in one go, for as many epochs",
+        "abstract",
+        "two_stage/accuracy",
+        "scratch/accuracy",
+        headline=True,
+    ),
+    Comparison(
+        "State of the art: better than the best network of at most its size that was trained here",
+        "abstract",
+        "two_stage/accuracy",
+        tuple(f"{name}/accuracy" for name in PEERS),
+        headline=True,
+    ),
+    Comparison(
+        "The two stages are better than one submodel trained for as many epochs",
+        "half the parameters",
+        "two_stage/accuracy",
+        "submodel/accuracy",
+    ),
+    Comparison(
+        "Two narrow branches are better than one wide submodel",
+        "14,232 parameters in one branch",
+        "two_stage/accuracy",
+        "wide/accuracy",
+    ),
+    Comparison(
+        "Unfreezing from the top is better than the notebook's two phases",
+        "the notebook freezes the last layer instead of the others",
+        "two_stage/accuracy",
+        "notebook/accuracy",
+    ),
+    Comparison(
+        "Transferring both heads is better than one",
+        "the notebook forgets head b",
+        "two_stage/accuracy",
+        "a_only/accuracy",
+    ),
+    Comparison("Transferring both heads is better than none", "merge", "two_stage/accuracy", "no_transfer/accuracy"),
+    Comparison(
+        "ReLU on the heads is better than passing the logits on",
+        "the merge loses negative logits",
+        "two_stage/accuracy",
+        "linear_head/accuracy",
+    ),
+    Comparison(
+        "One combined warp is better than three interpolations in a row",
+        "ours: branch b learns blurred images",
+        "combined_warp/accuracy",
+        "two_stage/accuracy",
+    ),
+)
+
+
+def accuracy_claim(data_name: str) -> tuple[Comparison, ...]:
+    """The abstract's accuracy on a data set, none for the embedded images."""
+    if data_name not in ACCURACIES:
+        return ()
+    value, shown = ACCURACIES[data_name]
+    text = f"Accuracy rounds to {shown} or more (points above {100 * value:g} %)"
+    return (Comparison(text, "abstract", "two_stage/accuracy", value, paper=shown, headline=True),)
+
+
+def facts(in_channels: int) -> tuple[Fact, ...]:
+    """Counts and sizes, for grey images of 28 or colour images of 32 pixels."""
+    grey = in_channels == 1
+    parameters, adds = (14_862, 568_240) if grey else (19_622, 1_109_760)
+    size = 170_000 if grey else 210_000
+    return (
+        Fact("The merged network has exactly the stated number of parameters", "abstract", "two_stage/parameters", "==",
+             parameters, paper=f"{parameters:,}"),
+        Fact("The weights take four bytes a parameter", "computed", "two_stage/bytes.weights", "==", 4 * parameters),
+        Fact("A file of the weights is at most as large as the paper's model, which is a Keras archive with momentum",
+             "abstract: 0.17 MB", "two_stage/bytes.safetensors", "<=", size, paper=f"{size:,} bytes"),
+        Fact("Multiply-adds of a forward pass", "computed", "two_stage/multiply_adds", "==", adds),
+        Fact("The network for CIFAR-10 has fewer than 20,000 parameters", "abstract", "study/parameters.cifar10", "<=",
+             19_999, paper="less than 20,00 (sic)"),
+    )  # fmt: skip
+
+
+def all_claims(data_name: str, in_channels: int) -> tuple[Claim, ...]:
+    """Every claim on a data set, those that need statistics first."""
+    return (*accuracy_claim(data_name), *COMPARISONS, *facts(in_channels))

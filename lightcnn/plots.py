@@ -1,0 +1,155 @@
+"""The pictures of a study: training curves by phase, accuracy against size, augmented images, the confusion matrix."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lightcnn.algorithm import paper_ranges
+from lightcnn.augment import augment, draw
+from lightcnn.config import Config
+from shared.config import load
+from shared.gpu import stream
+from shared.run import read_metrics, read_results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OURS = "two_stage"
+# Published accuracies by (parameters, accuracy in %, who), self-reported and mostly the best epoch on the test set.
+PUBLISHED: dict[str, tuple[tuple[int, float, str], ...]] = {
+    "mnist": ((14862, 99.0, "paper"), (1500, 99.2, "MLDS 2022 talk"), (8900, 99.5, "era-s7"),
+              (15578, 99.43, "MNIST_99.4")),
+    "fashion_mnist": ((14862, 89.0, "paper"), (113_000, 92.2, "2 conv, Zalando's list")),
+    "cifar10": ((19622, 65.0, "paper"), (45420, 80.0, "Restricted_CNN"), (72730, 83.1, "mummanajagadeesh"),
+                (97530, 94.6, "tiniest")),
+}  # fmt: skip
+
+
+def draw_all(folders: Sequence[Path], out: Path) -> None:
+    """Write all pictures that the finished runs allow, as PNG and SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({
+        "svg.hashsalt": "lightcnn", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9,
+        "axes.grid": True, "grid.alpha": 0.25, "figure.constrained_layout.use": True,
+    })  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    results = {folder: read_results(folder) for folder in folders}
+    size_and_accuracy(results, out)
+    for folder in folders:
+        if results[folder]["method"] == OURS:
+            training_curves(folder, out)
+            confusion_matrix(results[folder], out)
+            augmented_images(folder, out)
+
+
+def training_curves(folder: Path, out: Path) -> None:
+    """Train and validation accuracy by epoch, mean of the seeds still training, each phase shaded and named."""
+    figure, (axis,) = new_figure(1, 1, (9, 4.5))
+    rows = read_metrics(folder, "epoch")
+    phases = list(dict.fromkeys(row["phase"] for row in rows))
+    first = 0
+    for number, phase in enumerate(phases):
+        own = [row for row in rows if row["phase"] == phase]
+        epochs = np.arange(first + 1, first + len(own) + 1)
+        members = len(own[0]["lanes"][0]["train"])
+        for member in range(members):
+            name = f"branch {'ab'[member]}" if members > 1 else "merged"
+            for kind, style in (("train", "--"), ("validation", "-")):
+                values = [100 * np.mean([lane[kind][member] for lane in row["lanes"]]) for row in own]
+                colour = f"C{member}" if members > 1 else "C2"
+                label = f"{name}, {kind}" if number < 2 else None
+                axis.plot(epochs, values, style, color=colour, label=label, marker="." if len(own) == 1 else None)
+        axis.axvspan(first + 0.5, first + len(own) + 0.5, color="0.92" if number % 2 else "0.98", zorder=0)
+        label = f"{phase}\n" + "\n".join(own[0]["trains"])
+        axis.text(first + len(own) / 2 + 0.5, 1.01, label, transform=axis.get_xaxis_transform(), ha="center",
+                  va="bottom", fontsize=7)  # fmt: skip
+        first += len(own)
+    axis.set(xlabel="epoch", ylabel="accuracy (%)")
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    save(figure, out / "training_curves")
+
+
+def size_and_accuracy(results: dict[Path, dict[str, Any]], out: Path) -> None:
+    """Test accuracy (mean and range over seeds) against parameters, with published figures of the same data set."""
+    figure, (axis,) = new_figure(1, 1, (9, 5))
+    for number, (folder, found) in enumerate(results.items()):
+        values = [100 * row["value"] for row in found["figures"] if row["metric"] == "accuracy"]
+        size = next(row["value"] for row in found["figures"] if row["metric"] == "parameters")
+        mean = float(np.mean(values))
+        spread = [[mean - min(values)], [max(values) - mean]]
+        ours = found["method"] == OURS
+        axis.errorbar([size], [mean], yerr=spread, fmt="*" if ours else "osD^v"[number // 10 % 5], ms=11 if ours else 4,
+                      color=f"C{number % 10}", label=found["method"])  # fmt: skip
+        name = load(folder / "config.yaml", Config).data.name
+    for size, accuracy, who in PUBLISHED.get(name, ()):
+        axis.plot([size], [accuracy], "x", color="black")
+        axis.annotate(who, (size, accuracy), fontsize=7, xytext=(4, 2), textcoords="offset points")
+    axis.set(xscale="log", xlabel="parameters", ylabel="test accuracy (%)",
+             title="accuracy against size (crosses: published, mostly the best epoch on the test set)")  # fmt: skip
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    save(figure, out / "size_and_accuracy")
+
+
+def augmented_images(folder: Path, out: Path, count: int = 8) -> None:
+    """Training images, and what the second branch sees of them under either warp."""
+    from lightcnn.problem import load_problem
+
+    config = load(folder / "config.yaml", Config)
+    problem = load_problem(config, torch.device("cpu"))
+    lane, ranges = problem.lanes[0], paper_ranges(config)
+    spaced = torch.linspace(0, len(lane.train) - 1, count).long()
+    images = problem.images[lane.train[spaced]].float() / 255
+    draws = draw(count, ranges, stream(config.seed, "picture"))
+    rows = {"original": images, "sequential": augment(images, draws, ranges, "sequential"),
+            "combined": augment(images, draws, ranges, "combined")}  # fmt: skip
+    figure, axes = new_figure(len(rows), count, (1.2 * count, 1.3 * len(rows)))
+    for number, (title, row) in enumerate(rows.items()):
+        for column, image in enumerate(row):
+            axis = axes[number * count + column]
+            axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.set_axis_off()
+            if column == 0:
+                axis.set_title(title, loc="left", fontsize=8)
+    save(figure, out / "augmented_images")
+
+
+def confusion_matrix(results: dict[str, Any], out: Path) -> None:
+    """Test images by class and prediction, of the first seed's final network."""
+    table, classes = np.array(results["details"]["confusion"]), results["data"]["classes"]
+    figure, (axis,) = new_figure(1, 1, (6, 5.2))
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row in range(len(table)):
+        for column in range(len(table)):
+            if table[row, column]:
+                axis.text(column, row, str(table[row, column]), ha="center", va="center", fontsize=6,
+                          color="white" if shares[row, column] > 0.5 else "black")  # fmt: skip
+    axis.set_xticks(range(len(classes)), classes, rotation=40, ha="right")
+    axis.set_yticks(range(len(classes)), classes)
+    axis.set(xlabel="predicted", ylabel="class", title=f"test images, seed {results['seeds'][0]}")
+    axis.grid(visible=False)
+    figure.colorbar(image, ax=axis, label="share of the class", shrink=0.8)
+    save(figure, out / "confusion_matrix")
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float]) -> "tuple[Figure, list[Axes]]":
+    """A figure and its axes as a flat list."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+    return figure, list(axes.flat)
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write PNG and SVG, the same bytes for the same picture."""
+    from matplotlib import pyplot
+
+    figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    pyplot.close(figure)

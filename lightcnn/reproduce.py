@@ -1,0 +1,213 @@
+"""The study: methods x seeds, a table, a verdict for each claim, plots. `python -m lightcnn.reproduce --scale mini`."""
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.cli import REPOSITORY, check_shared, find_config, run_main
+from shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from shared.claims import Figures
+    from shared.report import Row
+    from shared.study import Job
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some methods under one configuration, with so many seeds side by side in each run."""
+
+    config: str
+    methods: tuple[str, ...]
+    seeds: int
+
+
+CORE = ("two_stage", "scratch", "all_at_once", "two_clean", "notebook")
+SMALL = ("submodel", "wide", "scratch_mild", "scratch_one_cycle", "wide_one_cycle", "bn_gap")
+ABLATIONS = ("literal", "a_only", "no_transfer", "linear_head", "combined_warp", "scratch_augmented")
+CAPPED = ("bn_gap", "wide", "wide_one_cycle", "scratch_one_cycle", "scratch_mild")  # of at most the paper's size
+# What a scale runs. The peers from torchvision take hours each without a GPU: `--methods squeezenet` and so on.
+PLANS: dict[str, tuple[Slice, ...]] = {
+    "smoke": (Slice("smoke", (*CORE, *SMALL, *ABLATIONS, "lenet5"), 2),),
+    "mini": (Slice("mini", (*CORE, *SMALL, *ABLATIONS, "lenet5"), 5),),
+    "paper": (
+        Slice("mnist", CORE, 5),
+        Slice("fashion_mnist", CORE, 5),
+        Slice("cifar10", CORE, 5),
+        Slice("fashion_mnist", (*SMALL, *ABLATIONS, "lenet5"), 3),
+        Slice("mnist", CAPPED, 3),
+        Slice("cifar10", CAPPED, 3),
+    ),
+}
+WITHOUT_STATISTICS = {"smoke"}
+COLUMNS = {
+    "test": "accuracy", "validation": "validation", "branch a": "branch_a.accuracy", "branch b": "branch_b.accuracy",
+    "mean of a, b": "branches_mean.accuracy",
+}  # fmt: skip
+
+
+def jobs_of(part: Slice, path: Path, out: Path) -> "list[Job]":
+    """One training command a method: all its seeds are trained side by side."""
+    from lightcnn.config import Config
+    from shared.config import load
+    from shared.run import folder_name
+    from shared.study import Job
+
+    config, jobs = load(path, Config), []
+    for method in part.methods:
+        overrides = [f"method={method}"] if method != config.method.name else []
+        overrides += [f"seeds={part.seeds}"] if part.seeds != config.seeds else []
+        folder = out / "lightcnn" / folder_name(path.stem, method, config.seed, overrides)
+        jobs.append(Job(method, config.seed, folder, ("--config", shown(path), "--out", str(out), *overrides)))
+    return jobs
+
+
+def shown(path: Path) -> str:
+    """A path from the repository, so that the recorded command works for others."""
+    path = path.resolve()
+    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else str(path)
+
+
+def study_rows(config_name: str, results: dict[str, Any], command: str) -> "list[Row]":
+    """Figures of the study itself that no run is needed for."""
+    from lightcnn.model import MergedCNN
+    from shared.report import Row
+
+    values = {
+        f"parameters.{name}": sum(p.numel() for p in MergedCNN(channels, size).parameters())
+        for name, channels, size in (("mnist", 1, 28), ("cifar10", 3, 32))
+    }
+    common = {key: results[key] for key in ("device", "precision", "commit")}
+    return [
+        Row(paper="lightcnn", config=config_name, method="study", seed=0, at="once", split="-", metric=metric,
+            value=value, seconds=0.0, command=command, **common)
+        for metric, value in values.items()
+    ]  # fmt: skip
+
+
+def methods_table(figures: "Figures", methods: Sequence[str]) -> list[list[str]]:
+    """Accuracies in per cent, then parameters, multiply-adds and epochs run."""
+    from shared.report import method_table
+
+    (head, *rows) = method_table(figures, methods, COLUMNS)
+    table = [[*head[:-1], "parameters", "multiply-adds", "epochs", "n"]]
+    for row in rows:
+        constant = [list(figures[f"{row[0]}/{metric}"].values()) for metric in ("parameters", "multiply_adds")]
+        epochs = list(figures[f"{row[0]}/epochs.run"].values())
+        shown_epochs = f"{sum(epochs) / len(epochs):.1f}"
+        table.append([*row[:-1], *(f"{int(values[0]):,}" for values in constant), shown_epochs, row[-1]])
+    return table
+
+
+def report(path: Path, jobs: "Sequence[Job]", statistics: bool, folder: Path, command: str) -> None:
+    """Write rows, tables, verdicts and plots of the finished runs of one configuration, and print the tables."""
+    from lightcnn.claims import all_claims
+    from lightcnn.config import Config
+    from lightcnn.plots import draw_all
+    from shared import report as shared_report
+    from shared.checkpoint import atomic_write
+    from shared.claims import judge
+    from shared.config import load
+    from shared.run import read_results
+
+    done = [job for job in jobs if (job.folder / "results.json").exists()]
+    if not done:
+        raise ConfigError("no run of the study has finished; the lines above say why")
+    results = [read_results(job.folder) for job in done]
+    rows = [row for result in results for row in shared_report.rows_of(result)]
+    rows += study_rows(path.stem, results[0], command)
+    figures, one = shared_report.figures_of(rows, "final"), results[0]
+    claimed = all_claims(load(path, Config).data.name, one["data"]["image"][0])
+    judgements = [judge(claim, figures, statistics) for claim in claimed]
+    judgements.sort(key=lambda item: item.verdict == "not run at this scale")
+    table = methods_table(figures, [job.group for job in done])
+    claims = shared_report.claim_table(judgements)
+    shared_report.write_rows(folder / "results.csv", rows)
+    text = (
+        f"Accuracy in %, mean ± deviation over seeds, on {one['data']['test_images']} test images that were read once; "
+        f"epochs were chosen on {one['data']['validation_images']} validation images. {one['device']}, "
+        f"{one['precision']}, commit {one['commit'][:10]}, `{command}`.\n\n"
+    )
+    atomic_write(folder / "methods.md", (text + shared_report.markdown(table)).encode())
+    atomic_write(folder / "claims.md", shared_report.markdown(claims).encode())
+    summary = shared_report.summary_table(f"LightCNN, `{path.stem}`", judgements)
+    atomic_write(folder / "summary.md", shared_report.markdown(summary).encode())
+    draw_all([job.folder for job in done], folder / "plots")
+    shared_report.show(f"{path.stem}: accuracy in % (mean ± deviation over seeds)", table)
+    shared_report.show(f"{path.stem}: the paper's claims", claims)
+    print(f"{len(done)} of {len(jobs)} runs; report in {folder}")
+
+
+def chosen_slices(asked: argparse.Namespace, scale: str) -> list[Slice]:
+    """The scale's plan, narrowed to what was asked for; ConfigError for what is not there."""
+    from lightcnn.algorithm import METHODS
+
+    if strangers := [name for name in asked.methods or () if name not in METHODS]:
+        raise ConfigError(f"--methods {strangers[0]}: unknown; choose from {', '.join(METHODS)}")
+    if asked.seeds is not None and asked.seeds < 1:
+        raise ConfigError(f"--seeds {asked.seeds}: at least one seed is needed")
+    if asked.publish and (asked.methods or asked.seeds):
+        raise ConfigError(
+            "--publish: a study of some methods or seeds is not published; leave --methods and --seeds out"
+        )
+    parts = [part for plan in PLANS.values() for part in plan if part.config == Path(asked.config or "").stem]
+    if not asked.config:
+        parts = list(PLANS[scale])
+    elif not parts:
+        parts = [Slice(asked.config, CORE, 3)]
+    if asked.methods:
+        parts = [Slice(name, tuple(asked.methods), 3 if scale == "paper" else parts[0].seeds)
+                 for name in dict.fromkeys(part.config for part in parts)]  # fmt: skip
+    return [Slice(part.config, part.methods, asked.seeds or part.seeds) for part in parts]
+
+
+def run_reproduce(arguments: Sequence[str]) -> int:
+    """The command: 0 when all runs ended well, whatever the verdicts; 1 when a run failed."""
+    parser = argparse.ArgumentParser(prog="python -m lightcnn.reproduce", description=__doc__)
+    parser.add_argument("--scale", default="auto", help="auto, smoke (seconds), mini (minutes on a CPU), paper (hours)")
+    parser.add_argument("--config", help="one configuration instead of the scale's own")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="some methods instead of the scale's own")
+    parser.add_argument("--seeds", type=int, help="number of seeds instead of the scale's own")
+    parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one a core)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="runs and report go below it (runs)")
+    parser.add_argument("--publish", action="store_true", help="copy the report to results/lightcnn/<config>")
+    asked = parser.parse_args(arguments)
+    check_shared(__file__)
+    from shared.run import command_line
+    from shared.study import choose_scale, run_jobs
+
+    scale, why = choose_scale(asked.scale)
+    print(why, flush=True)
+    parts, partial = chosen_slices(asked, scale), bool(asked.methods or asked.seeds)
+    jobs: dict[Path, list[Job]] = {}
+    failed = 0
+    for part in parts:
+        started = time.monotonic()
+        path = find_config(part.config, "lightcnn")
+        own = jobs_of(part, path, asked.out)
+        jobs.setdefault(path, []).extend(own)
+        there = sum((job.folder / "results.json").exists() for job in own)
+        print(f"{path.stem}: {len(own)} runs of {part.seeds} seeds; {there} were finished before", flush=True)
+        failed += sum(outcome.code != 0 for outcome in run_jobs("lightcnn.train", own, asked.workers).values())
+        print(f"{time.monotonic() - started:.0f} s for {path.stem}", flush=True)
+    for path, own in jobs.items():
+        folder = asked.out / "lightcnn" / f"report-{path.stem}{'-partial' if partial else ''}"
+        statistics = path.stem not in WITHOUT_STATISTICS
+        report(path, own, statistics, folder, command_line("lightcnn.reproduce", arguments))
+        if asked.publish:
+            shutil.copytree(folder, REPOSITORY / "results" / "lightcnn" / path.stem, dirs_exist_ok=True)
+    return 1 if failed else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Console entry point."""
+    return run_main(run_reproduce, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

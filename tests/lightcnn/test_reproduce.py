@@ -1,0 +1,84 @@
+"""The study's plan: which runs, under which settings, and what may be published."""
+
+import pytest
+
+from lightcnn.algorithm import METHODS, VARIANTS, plan, settings_of
+from lightcnn.baselines import BASELINES
+from lightcnn.claims import PEERS, all_claims
+from lightcnn.config import Config
+from lightcnn.reproduce import CORE, PLANS, Slice, jobs_of, main
+from shared.claims import Comparison
+from shared.cli import find_config
+from shared.config import load
+
+
+def test_the_jobs_of_a_study_have_folders_of_their_own_and_commands_that_load(tmp_path):
+    path = find_config("smoke", "lightcnn")
+    jobs = jobs_of(Slice("smoke", METHODS, 3), path, tmp_path)
+    assert len({job.folder for job in jobs}) == len(jobs) == len(METHODS) == 1 + len(VARIANTS) + len(BASELINES)
+    for job in jobs:
+        config = load(find_config(job.arguments[1], "lightcnn"), Config, job.arguments[4:])
+        assert (config.method.name, config.seeds) == (job.group, 3)
+
+
+@pytest.mark.parametrize("scale", PLANS)
+def test_every_figure_of_a_claim_is_of_a_method_that_the_plan_runs(scale):
+    configs = {part.config for part in PLANS[scale]}
+    for config in configs:
+        run = [m for part in PLANS[scale] if part.config == config for m in part.methods]
+        assert len(run) == len(set(run)), "no method is run twice"
+        assert set(CORE) <= set(run)
+        if scale != "paper" or config == "fashion_mnist":
+            named = set()
+            for claim in all_claims("sample", 1):
+                if isinstance(claim, Comparison):
+                    others = claim.right if isinstance(claim.right, tuple) else (claim.right,)
+                    named |= {f.partition("/")[0] for f in (claim.left, *others) if isinstance(f, str)}
+            assert named <= set(run)
+
+
+def test_the_networks_that_the_best_of_is_taken_from_are_not_larger_than_the_papers(config_of, problem_of):
+    for name in PEERS:
+        config = config_of(f"method={name}")
+        (step,) = plan(config, problem_of(config))
+        assert sum(p.numel() for p in step.network.to_module(step.network.initial(0)).parameters()) <= 14862
+
+
+def test_the_claims_are_told_apart_and_the_accuracies_are_those_of_the_abstract():
+    for name, channels, shown in (("mnist", 1, "99 %"), ("fashion_mnist", 1, "89 %"), ("cifar10", 3, "65 %")):
+        claims = all_claims(name, channels)
+        assert len({claim.text for claim in claims}) == len(claims)
+        assert claims[0].paper == shown
+        assert claims[0].right == float(shown[:2]) / 100 - 0.005
+    assert all_claims("sample", 1)[0].paper != "89 %"
+
+
+def test_a_variant_differs_in_what_it_says(config_of):
+    plain = settings_of(config_of())
+    for name, changed in VARIANTS.items():
+        settings = settings_of(config_of(f"method={name}"))
+        assert {k: v for k, v in settings if v != getattr(plain, k)} == changed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "two_stage", "--publish"], "--publish"),
+        (["--methods", "nothing"], "--methods nothing: unknown"),
+        (["--seeds", "0"], "at least one seed"),
+        (["--config", "nothing"], "there is no such configuration"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(tmp_path, capsys, arguments, message):
+    assert main(["--scale", "smoke", "--out", str(tmp_path), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_of_some_methods_has_its_own_report(tmp_path, capfd):
+    arguments = ["--scale", "smoke", "--out", str(tmp_path), "--methods", "two_stage", "submodel", "--seeds", "1"]
+    assert main(arguments) == 0
+    folder = tmp_path / "lightcnn" / "report-smoke-partial"
+    assert {p.name for p in folder.iterdir()} == {"results.csv", "methods.md", "claims.md", "summary.md", "plots"}
+    assert len(list((folder / "plots").glob("*.png"))) == 4
+    assert "not run at this scale" in capfd.readouterr().out
