@@ -7,17 +7,17 @@ from torch import Tensor, nn
 
 from shared.errors import ConfigError, DataError
 from shared.gpu import stream
-from sparsevit.method import lowest_masks, zeros_to_prune
+from sparsevit.method import at_least_float32, lowest_masks, zeros_to_prune
 
 
 def attention_l1(attention: Tensor) -> Tensor:
     """Mean |a| of [B, H, N, N]: 1/N whatever the map is, so its gradient is zero. The control that must do nothing."""
-    return attention.float().abs().mean() if attention.dtype != torch.float64 else attention.abs().mean()
+    return at_least_float32(attention).abs().mean()
 
 
 def activation_l1(hidden: Tensor) -> Tensor:
     """Mean |h| over [B, N, m] GELU outputs."""
-    return hidden.float().abs().mean()
+    return at_least_float32(hidden).abs().mean()
 
 
 def weight_l1(tensors: Iterable[Tensor]) -> Tensor:

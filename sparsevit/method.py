@@ -17,8 +17,19 @@ from shared.errors import ConfigError
 from sparsevit.shrink import remove_heads, remove_neurons
 
 __all__ = [
-    "activation_penalty", "attention_entropy", "attention_penalty", "global_magnitude_masks", "head_scores",
-    "keep_count", "keep_highest", "neuron_scores", "prunable", "remove_heads", "remove_neurons", "zeros_to_prune",
+    "activation_penalty",
+    "at_least_float32",
+    "attention_entropy",
+    "attention_penalty",
+    "global_magnitude_masks",
+    "head_scores",
+    "keep_count",
+    "keep_highest",
+    "neuron_scores",
+    "prunable",
+    "remove_heads",
+    "remove_neurons",
+    "zeros_to_prune",
 ]  # fmt: skip
 
 SETS = ("authors", "matrices", "blocks")
@@ -33,19 +44,19 @@ def attention_penalty(attention: Tensor) -> Tensor:
     Returns:
         A scalar in at least float32: in bfloat16 1 + a^2 is 1 for every a up to 0.0625.
     """
-    a = _at_least_float32(attention)
+    a = at_least_float32(attention)
     return torch.log1p(a * a).mean()
 
 
 def attention_entropy(attention: Tensor) -> Tensor:
     """Mean over rows of -sum a ln a in nats, from 0 (one-hot) to ln N (uniform); [B, H, N, N] -> scalar."""
-    a = _at_least_float32(attention)
+    a = at_least_float32(attention)
     return -torch.xlogy(a, a).sum(-1).mean()
 
 
 def activation_penalty(hidden: Tensor) -> Tensor:
     """Mean of ln(1 + h^2) over [B, N, m] GELU outputs: the paper's function where it does silence (section 4.3)."""
-    h = _at_least_float32(hidden)
+    h = at_least_float32(hidden)
     return torch.log1p(h * h).mean()
 
 
@@ -104,7 +115,7 @@ def global_magnitude_masks(
 
 def lowest_masks(scores: Sequence[Tensor], ratio: float) -> list[Tensor]:
     """Masks that are False at the round(ratio * n) lowest of all scores together; the first ones of equal scores."""
-    flat = torch.cat([_at_least_float32(score).flatten() for score in scores]) if scores else torch.empty(0)
+    flat = torch.cat([at_least_float32(score).flatten() for score in scores]) if scores else torch.empty(0)
     count = zeros_to_prune(ratio, len(flat))
     keep = torch.ones_like(flat, dtype=torch.bool)
     if count:
@@ -161,5 +172,6 @@ def keep_highest(scores: Tensor, count: int) -> Tensor:
     return order[len(scores) - count :].sort().values
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
+    """The values, in float32 where they are in half precision."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -69,8 +69,7 @@ def _phases(recipe: AuthorsRecipe | OursRecipe, step: int, total: int) -> tuple[
     peak = share * total - 1  # torch's: the last step of the warm-up, not always whole
     if step <= peak:
         return (step / peak if peak > 0 else 1.0), None
-    peak = max(peak, 0.0)
-    return 1.0, (step - peak) / (total - 1 - peak) if total - 1 > peak else 1.0
+    return 1.0, (step - peak) / (total - 1 - peak)
 
 
 def _cosine(start: float, end: float, share: float) -> float:

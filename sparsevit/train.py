@@ -1,7 +1,7 @@
 """Fine-tune one vision transformer, prune it at every ratio: `python -m sparsevit.train --config smoke`."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from shared.run import Run
     from sparsevit.config import Config
     from sparsevit.fit import Fit
+    from sparsevit.model import Vit
     from sparsevit.problem import Problem
+    from sparsevit.prune import Group
 
 
 def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[str, Any]:
     """Fine-tune, then sweep; an interrupted run goes on exactly where it stopped, between any two steps."""
     from shared.gpu import setup
-    from sparsevit.prune import Sweep, groups_of
-    from sparsevit.shrink import save_network
+    from sparsevit.prune import groups_of
     from sparsevit.start import reported, save_or_stop
 
     device = setup(config.device, config.threads)
     problem = load_problem_of(config, device)
     fit, state = begin(config, run, problem, device, previous)
-    groups = groups_of(config)
-    total = fit.total + len(groups)
+    total = fit.total + len(groups_of(config))
 
     with reported(run, fit):
         for _ in run.steps(fit.steps(), total, "step", fit.step):
@@ -39,23 +39,34 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
 
     if config.select == "best":
         fit.network.load_state_dict(state["best"]["network"])
-    sweep, finished = Sweep(config, fit.network, problem, run.check), fit.snapshot()
+    finished = fit.snapshot()
+    try:
+        for _ in run.steps(sweep(config, run, problem, fit.network, state), total, "step", fit.total + state["groups"]):
+            run.save({**state, "fit": finished})
+    except InterruptedRunError:
+        run.save({**state, "fit": finished}, force=True)
+        raise
+    return finish(config, run, problem, fit, state["figures"])
+
+
+def sweep(
+    config: "Config", run: "Run[Config]", problem: "Problem", network: "Vit", state: dict[str, Any]
+) -> "Iterator[Group]":
+    """Prune in every way that the configuration names; `state` takes the figures of each group when it is done."""
+    from sparsevit.prune import Sweep, groups_of
+    from sparsevit.shrink import save_network
+
+    sweep = Sweep(config, network, problem, run.check)
     if not state["figures"]:
-        state["figures"] = {"dense.accuracy": sweep.accuracy([fit.network])[0]}
-    for group in run.steps(groups[state["groups"] :], total, "step", fit.total + state["groups"]):
-        try:
-            figures, networks = sweep.run(group)
-        except InterruptedRunError:
-            run.save({**state, "fit": finished}, force=True)
-            raise
-        for name, network in networks.items():
-            save_network(run.folder / "pruned" / name, network, name=name)
-        state["figures"] |= figures
+        state["figures"] = {"dense.accuracy": sweep.accuracy([network])[0]}
+    for group in groups_of(config)[state["groups"] :]:
+        figures, networks = sweep.run(group)
+        for name, smaller in networks.items():
+            save_network(run.folder / "pruned" / name, smaller, name=name)
+        state["figures"] = state["figures"] | figures
         state["groups"] += 1
         run.log("pruned", pruner=group.pruner, recover=group.recover, figures=figures)
-        run.save({**state, "fit": finished})
-
-    return finish(config, run, problem, fit, state["figures"])
+        yield group
 
 
 def load_problem_of(config: "Config", device: "torch.device") -> "Problem":

@@ -53,3 +53,37 @@ def lab():
         small_size=small_size, uneven_size=uneven_size, lively=lively, network=network, images=images,
         random_map=random_map,
     )  # fmt: skip
+
+
+TINY = (
+    "data.train_images=120", "data.test_images=50", "data.val_images=20", "batch_size=10", "eval_batch_size=25",
+    "pretrain={epochs: 1, batch_size: 20}", "model={arch: s0, width: 8, depth: 2, heads: 2, mlp: 12, dropout: 0.1}",
+    "prune.calibration_images=40",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny(repository):
+    """The configuration of a run of half a second: (method, *more overrides)."""
+    from shared.config import load
+    from sparsevit.config import Config
+
+    def config(method="paper", *more):
+        path = repository / "sparsevit" / "configs" / "smoke.yaml"
+        return load(path, Config, [*TINY, f"method={method}", *more])
+
+    config.overrides = TINY
+    return config
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny, tmp_path_factory):
+    """A finished run, to look at and not to change."""
+    from shared.run import Run
+    from sparsevit.train import train
+
+    folder = tmp_path_factory.mktemp("finished") / "smoke-paper-s0"
+    config = tiny("paper")
+    with Run(folder, config, "test") as run:
+        train(config, run)
+    return folder
