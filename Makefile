@@ -6,7 +6,7 @@ BIN    := .venv/bin
 UV     := $(shell command -v uv || echo .uv/bin/uv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check reproduce reproduce-fedloge bench tables schema lock
+.PHONY: help setup test check reproduce reproduce-fedloge reproduce-sparsevit bench tables schema lock
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,10 +32,13 @@ check: setup ## lint, types, generated tables, and the whole suite
 	$(BIN)/python results/tables.py --check
 	$(BIN)/python -m pytest
 
-reproduce: reproduce-fedloge ## every paper that is built, one after the other
+reproduce: reproduce-fedloge reproduce-sparsevit ## every paper that is built, one after the other
 
 reproduce-fedloge: setup ## FedLoGe: methods x seeds, table, verdicts, plots
 	$(BIN)/python -m fedloge.reproduce --scale $(SCALE)
+
+reproduce-sparsevit: setup ## SparseViT: arms x seeds x pruners, table, verdicts, plots
+	$(BIN)/python -m sparsevit.reproduce --scale $(SCALE)
 
 bench: setup ## speed and memory, as ratios in one run
 	$(BIN)/python benchmarks/fedloge_round.py
@@ -46,6 +49,7 @@ tables: setup ## write the READMEs' tables anew from results/
 schema: setup ## JSON schemas of the configurations, for editors, in schemas/
 	@mkdir -p schemas
 	$(BIN)/python -m fedloge.train --schema > schemas/fedloge.json
+	$(BIN)/python -m sparsevit.train --schema > schemas/sparsevit.json
 
 lock: ## resolve the dependencies anew (review the diff)
 	$(UV) pip compile --quiet --universal --generate-hashes --group dev pyproject.toml -o requirements.lock

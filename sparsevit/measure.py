@@ -170,6 +170,7 @@ def ratio_figures(figures: Mapping[str, Any], pruner: str, dense: float) -> dict
         if all(any(abs(r - w) < 1e-9 for r in found) for w in wanted):
             inside = [value for r, value in found.items() if any(abs(r - w) < 1e-9 for w in wanted)]
             derived[f"{pruner}.mean_{low}_{high}"] = sum(inside) / len(inside)
+            derived[f"{pruner}.drop_{low}_{high}"] = dense - sum(inside) / len(inside)
     derived |= {f"{pruner}.{percent(r)}.drop": dense - value for r, value in found.items()}
     curve = sorted({0.0: dense, **found}.items())
     if len(curve) > 1:
