@@ -26,7 +26,7 @@ from shared.gpu import describe, setup
 from sparsevit.baselines import can_run_two_four, to_two_four
 from sparsevit.config import Config
 from sparsevit.measure import independent, masked, percent
-from sparsevit.method import global_magnitude_masks, keep_count, prunable, remove_heads, remove_neurons
+from sparsevit.method import global_magnitude_masks, keep_count, prunable, remove_heads, remove_neurons, zeros_to_prune
 from sparsevit.model import ARCHS, Vit, arch_size, build, count_macs, count_parameters
 from sparsevit.shrink import load_network, save_network
 
@@ -140,6 +140,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 def make(folder: Path, arch: str, image: int, ratio: float) -> None:
     """Save a network of random values and its variants, each in a folder of its own."""
+    zeros_to_prune(ratio, 1)  # refuses what is no ratio, before the work
     channels = 1 if arch == "s0" else 3
     for number, (name, network) in enumerate(
         variants_of(build(arch_size(arch, image, channels, 100), 0), ratio).items()

@@ -91,9 +91,15 @@ def zeros_to_prune(ratio: float, count: int) -> int:
 
 
 @overload
-def global_magnitude_masks(tensors: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]: ...
+def global_magnitude_masks(tensors: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]:
+    """By name."""
+
+
 @overload
-def global_magnitude_masks(tensors: Sequence[Tensor], ratio: float) -> list[Tensor]: ...
+def global_magnitude_masks(tensors: Sequence[Tensor], ratio: float) -> list[Tensor]:
+    """In order."""
+
+
 def global_magnitude_masks(
     tensors: Mapping[str, Tensor] | Sequence[Tensor], ratio: float
 ) -> dict[str, Tensor] | list[Tensor]:

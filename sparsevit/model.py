@@ -15,7 +15,7 @@ from torch.nn import functional
 from shared.errors import CheckpointError, ConfigError
 
 Seen = dict[str, Tensor]  # what one block computed, see `Vit.observe`
-INIT_STD = 0.02  # of all matrices, a normal cut off at two deviations
+INIT_STD = 0.02  # of the positions
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class Vit(nn.Module):
 
     def _embed(self, images: Tensor) -> Tensor:
         x = functional.linear(self.patches(images), self.patch.weight.flatten(1), self.patch.bias)
-        x = torch.cat([self.cls.to(x.dtype).expand(len(x), -1, -1), x], dim=1) + self.pos
+        x = torch.cat([self.cls.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1) + self.pos
         return functional.dropout(x, self.dropout) if self.training and self.dropout else x
 
     def _read_out(self, x: Tensor) -> Tensor:
@@ -229,8 +229,9 @@ class Vit(nn.Module):
 def build(size: Size, seed: int, dropout: float = 0.0, head_init: str = "torch") -> Vit:
     """A network with first values from `seed` alone; torch's global generators are left as they were.
 
-    Matrices: normal, deviation 0.02, cut off at two; biases 0; norms 1. The head: "torch" is U(+-1/sqrt(width)), as a
-    new linear layer of torch's has; "zero" is zero.
+    As in Dosovitskiy et al. 2021: matrices of blocks uniform (Glorot), patch embedding normal with deviation
+    1/sqrt(inputs), positions normal with 0.02; class token and biases 0, norms 1. The head: "torch" is
+    U(+-1/sqrt(width)), as a new linear layer of torch's has; "zero" is zero.
     """
     with torch.device("meta"):
         network = Vit(size, dropout)
@@ -240,10 +241,13 @@ def build(size: Size, seed: int, dropout: float = 0.0, head_init: str = "torch")
         for name, parameter in network.named_parameters():
             if name.startswith("head."):
                 continue
-            if parameter.dim() > 1:
-                nn.init.trunc_normal_(parameter, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD, generator=generator)
+            if name in ("patch.weight", "pos"):
+                std = INIT_STD if name == "pos" else 1 / math.sqrt(parameter[0].numel())
+                parameter.normal_(0.0, std, generator=generator)
+            elif parameter.dim() == 2:
+                nn.init.xavier_uniform_(parameter, generator=generator)
             else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                parameter.fill_(0.0 if name.endswith("bias") or name == "cls" else 1.0)
     reset_head(network, seed, head_init)
     return network
 
