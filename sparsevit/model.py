@@ -229,9 +229,8 @@ class Vit(nn.Module):
 def build(size: Size, seed: int, dropout: float = 0.0, head_init: str = "torch") -> Vit:
     """A network with first values from `seed` alone; torch's global generators are left as they were.
 
-    As in Dosovitskiy et al. 2021: matrices of blocks uniform (Glorot), patch embedding normal with deviation
-    1/sqrt(inputs), positions normal with 0.02; class token and biases 0, norms 1. The head: "torch" is
-    U(+-1/sqrt(width)), as a new linear layer of torch's has; "zero" is zero.
+    Matrices are U(+-1/sqrt(inputs)), as torch's linear layers are; positions normal with deviation 0.02; class token and
+    biases 0, norms 1. The head: "torch" is U(+-1/sqrt(width)), its bias too; "zero" is zero.
     """
     with torch.device("meta"):
         network = Vit(size, dropout)
@@ -241,11 +240,11 @@ def build(size: Size, seed: int, dropout: float = 0.0, head_init: str = "torch")
         for name, parameter in network.named_parameters():
             if name.startswith("head."):
                 continue
-            if name in ("patch.weight", "pos"):
-                std = INIT_STD if name == "pos" else 1 / math.sqrt(parameter[0].numel())
-                parameter.normal_(0.0, std, generator=generator)
-            elif parameter.dim() == 2:
-                nn.init.xavier_uniform_(parameter, generator=generator)
+            if name == "pos":
+                parameter.normal_(0.0, INIT_STD, generator=generator)
+            elif parameter.dim() > 1 and name != "cls":
+                bound = 1 / math.sqrt(parameter[0].numel())
+                parameter.uniform_(-bound, bound, generator=generator)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") or name == "cls" else 1.0)
     reset_head(network, seed, head_init)

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[str, Any]:
     """Fine-tune, then sweep; an interrupted run goes on exactly where it stopped, between any two steps."""
     from shared.gpu import setup
+    from sparsevit.problem import load_problem
     from sparsevit.prune import groups_of
     from sparsevit.start import reported, save_or_stop
 
     device = setup(config.device, config.threads)
-    problem = load_problem_of(config, device)
+    problem = load_problem(config.data, device)
     fit, state = begin(config, run, problem, device, previous)
     total = fit.total + len(groups_of(config))
 
@@ -67,13 +68,6 @@ def sweep(
         state["groups"] += 1
         run.log("pruned", pruner=group.pruner, recover=group.recover, figures=figures)
         yield group
-
-
-def load_problem_of(config: "Config", device: "torch.device") -> "Problem":
-    """The images of a configuration."""
-    from sparsevit.problem import load_problem
-
-    return load_problem(config.data, device)
 
 
 def begin(
@@ -172,12 +166,13 @@ def dry_run(config: "Config") -> None:
     from sparsevit.measure import sizes
     from sparsevit.method import prunable
     from sparsevit.model import count_macs
+    from sparsevit.problem import load_problem
     from sparsevit.prune import groups_of
     from sparsevit.start import empty_network
     from sparsevit.weights import load_weights
 
     device = setup(config.device, config.threads)
-    problem = load_problem_of(config, device)
+    problem = load_problem(config.data, device)
     network = empty_network(config, problem, device)
     if config.weights:
         print("#", load_weights(data_root() / config.weights.path, network, config.weights.pos_resize))

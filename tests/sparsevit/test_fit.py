@@ -249,6 +249,15 @@ def test_a_training_that_stopped_anywhere_goes_on_to_the_same_bits(lab, recipe, 
     assert torch.equal(second.sums, whole.sums)
 
 
+def test_every_step_drops_out_something_else(lab):
+    still = OursRecipe(name="ours", lr=1e-12, weight_decay=0.0)
+    fit = make(lab, recipe=still, batch_size=40, epochs=3, dropout=0.5, shuffle=False)
+    fit.source = source(flip=False)
+    losses = [float(fit.sums[0]) for _ in fit.steps()]
+    steps = [losses[0], losses[1] - losses[0], losses[2] - losses[1]]
+    assert max(steps) - min(steps) > 1e-3
+
+
 def test_every_epoch_has_a_new_order_and_all_arms_of_a_seed_the_same(lab):
     one, other = make(lab, "none"), make(lab, "paper")
     orders = [one.order(epoch) for epoch in range(3)]

@@ -89,6 +89,13 @@ def test_the_map_is_that_of_the_formula(lab):
     assert torch.allclose(seen[1]["attention"], wanted, atol=1e-12)
 
 
+def test_the_mlp_has_the_exact_gelu(lab):
+    network, images = lab.network(dtype=torch.float64), lab.images(dtype=torch.float64)
+    block, (_, seen) = network.blocks[0], network.observe(images)
+    x = block.fc1(seen[0]["mlp_in"])
+    assert torch.allclose(seen[0]["hidden"], x * 0.5 * (1 + torch.erf(x / 2**0.5)), atol=1e-12)
+
+
 def test_patches_are_those_of_a_convolution_in_row_major_order(lab):
     network, images = lab.network(), lab.images()
     wanted = network.patch(images).flatten(2).transpose(1, 2)
