@@ -229,7 +229,7 @@ class Vit(nn.Module):
 def build(size: Size, seed: int, dropout: float = 0.0, head_init: str = "torch") -> Vit:
     """A network with first values from `seed` alone; torch's global generators are left as they were.
 
-    Matrices are U(+-1/sqrt(inputs)), as torch's linear layers are; positions normal with deviation 0.02; class token and
+    Matrices are U(+-1/sqrt(inputs)), as torch's linear layers are; positions normal, deviation 0.02; class token and
     biases 0, norms 1. The head: "torch" is U(+-1/sqrt(width)), its bias too; "zero" is zero.
     """
     with torch.device("meta"):
