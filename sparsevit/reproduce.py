@@ -145,7 +145,7 @@ def report(config_path: Path, plan: Plan, jobs: "Sequence[Job]", folder: Path, c
     rows += [
         shared_report.Row(paper="sparsevit", config=config_path.stem, method="study", seed=seed, at="final", split="-",
                           metric=name, value=value, seconds=0.0, command=command, **common)
-        for (name, seed), value in study_figures(rows, results, timings).items()
+        for (name, seed), value in study_figures(rows, results, timings if plan.statistics else {}).items()
     ]  # fmt: skip
     figures = shared_report.figures_of(rows, "final")
     tokens = tokens_of(done[0].folder)
