@@ -59,9 +59,11 @@ def time_networks(networks: Mapping[str, Vit], batches: Sequence[int], device: t
         draws = torch.Generator().manual_seed(0)
         images = torch.randn(batch, size.channels, size.image, size.image, generator=draws).to(device, weight.dtype)
         rounds: dict[str, list[float]] = {name: [] for name in networks}
+        names = list(networks)
         for number in range(warm_ups + repeats):
-            for name, network in networks.items():
-                seconds = _seconds(network.eval(), images)
+            turn = number % len(names)  # each network is first in turn: what runs before it has filled the caches
+            for name in names[turn:] + names[:turn]:
+                seconds = _seconds(networks[name].eval(), images)
                 if number >= warm_ups:
                     rounds[name].append(seconds)
         base = rounds[next(iter(rounds))]

@@ -70,7 +70,8 @@ class Sweep:
                    for name, value in zip(networks, self.accuracy(list(networks.values())), strict=True)}  # fmt: skip
         for name, network in networks.items():
             found = sizes(network, self.set_of(group.pruner))
-            kept = ("parameters", "macs") if group.pruner in REMOVALS else ("nonzero", "csr_bytes")
+            kept: tuple[str, ...] = ("parameters", "macs") if group.pruner in REMOVALS else ("nonzero",)
+            kept += ("csr_bytes",) if group.pruner == "global_l1" else ()
             figures |= {f"{name}.{what}": float(found[what]) for what in kept}
         return figures, networks if group.pruner in REMOVALS else {}
 
