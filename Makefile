@@ -7,7 +7,7 @@ BIN    := .venv/bin
 UV     := $(shell command -v uv || echo .uv/bin/uv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check reproduce reproduce-fedloge reproduce-mdcs reproduce-lightcnn bench tables schema lock
+.PHONY: help setup test check reproduce reproduce-fedloge reproduce-mdcs reproduce-lightcnn reproduce-sparsevit bench tables schema lock
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,11 +38,14 @@ reproduce: reproduce-fedloge reproduce-mdcs ## every paper whose study is publis
 reproduce-fedloge: setup ## FedLoGe: methods x seeds, table, verdicts, plots
 	$(BIN)/python -m fedloge.reproduce --scale $(SCALE)
 
-reproduce-mdcs: setup ## MDCS: arms x seeds, table, verdicts, plots (STUDY=main, views or sweeps)
+reproduce-mdcs: setup ## MDCS: arms x seeds, table, verdicts, plots (STUDY=main, distillation, views, sweeps, variance)
 	$(BIN)/python -m mdcs.reproduce --scale $(SCALE) --study $(STUDY)
 
 reproduce-lightcnn: setup ## LightCNN: methods x seeds, table, verdicts, plots
 	$(BIN)/python -m lightcnn.reproduce --scale $(SCALE)
+
+reproduce-sparsevit: setup ## SparseViT: arms x seeds x pruners, table, verdicts, plots
+	$(BIN)/python -m sparsevit.reproduce --scale $(SCALE)
 
 bench: setup ## speed and memory, as ratios in one run
 	$(BIN)/python benchmarks/fedloge_round.py
@@ -56,6 +59,7 @@ schema: setup ## JSON schemas of the configurations, for editors, in schemas/
 	$(BIN)/python -m fedloge.train --schema > schemas/fedloge.json
 	$(BIN)/python -m mdcs.train --schema > schemas/mdcs.json
 	$(BIN)/python -m lightcnn.train --schema > schemas/lightcnn.json
+	$(BIN)/python -m sparsevit.train --schema > schemas/sparsevit.json
 
 lock: ## resolve the dependencies anew (review the diff)
 	$(UV) pip compile --quiet --universal --generate-hashes --group dev pyproject.toml -o requirements.lock

@@ -49,7 +49,7 @@ def finished_run(tmp_path_factory, tiny_arguments, papers) -> dict[str, Path]:
     for paper in papers:
         if paper not in found:
             assert import_module(f"{paper}.train").main(["--config", "smoke", "--out", str(out)]) == 0
-            found[paper] = next((out / paper).iterdir())
+            found[paper] = next((out / paper).glob("*/results.json")).parent
     return found
 
 

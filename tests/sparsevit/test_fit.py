@@ -1,0 +1,348 @@
+"""Training: schedules, decay, terms of the loss, masks, determinism, going on in the middle of an epoch."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from shared.batches import Resident, random_flip
+from shared.config import parse
+from shared.errors import ConfigError
+from shared.gpu import NotFiniteError
+from sparsevit import algorithm
+from sparsevit.algorithm import build_term, mapped_blocks
+from sparsevit.baselines import neuron_group_lasso
+from sparsevit.config import METHODS, AuthorsRecipe, Config, OursRecipe
+from sparsevit.fit import CHUNK, Fit, Plan
+from sparsevit.method import activation_penalty, attention_entropy, attention_penalty, global_magnitude_masks, prunable
+from sparsevit.schedule import build_optimizer, rates
+
+SGD = OursRecipe(name="ours", lr=0.05, clip=1.0)
+ADAMW = OursRecipe(name="ours", optimizer="adamw", lr=0.01, weight_decay=0.1)
+AUTHORS = AuthorsRecipe(name="authors", warmup_steps=2)
+TEXT = """
+paper: sparsevit
+data: {name: sample, mean: [0.5], std: [0.25]}
+model: {arch: s0}
+recipe: {name: ours}
+epochs: 1
+batch_size: 8
+device: cpu
+threads: 1
+"""
+
+
+def configure(method, *overrides):
+    return parse(TEXT, Config, [f"method={method}", *overrides])
+
+
+def source(count=40, channels=2, classes=5, flip=True):
+    draws = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, channels, 8, 8), generator=draws, dtype=torch.uint8)
+    labels = torch.arange(count) % classes
+    return Resident(images, labels, [0.5] * channels, [0.25] * channels, (random_flip,) if flip else ())
+
+
+def make(lab, method="none", recipe=SGD, epochs=3, batch_size=8, seed=0, masks=None, dropout=0.0, overrides=(), **plan):
+    network = lab.network()
+    network.dropout = dropout
+    for block in network.blocks:
+        block.dropout = dropout
+    config = configure(method, *overrides)
+    algorithm.prepare(config, network)
+    plan = Plan(("test",), epochs, batch_size, recipe, seed, **plan)
+    return Fit(network, source(), plan, build_term(config), mapped_blocks(config, 2), masks)
+
+
+def state_of(fit):
+    return {name: tensor.clone() for name, tensor in fit.network.state_dict().items()}
+
+
+def run(fit, steps=None):
+    for done in fit.steps():
+        if done == steps:
+            break
+    return state_of(fit)
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+# --- rates ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_authors_rates_are_the_published_values():
+    recipe, total = AuthorsRecipe(name="authors"), 62_500
+    assert rates(recipe, 0, total) == pytest.approx((4e-5, 0.95))
+    assert rates(recipe, 500, total) == pytest.approx((1e-3, 0.85), rel=1e-6)
+    assert rates(recipe, 499, total) == pytest.approx((1e-3, 0.85), rel=1e-12)
+    assert rates(recipe, total - 1, total) == pytest.approx((4e-9, 0.95), rel=1e-9)
+
+
+@pytest.mark.parametrize("total", [7, 100, 1250])
+@pytest.mark.parametrize("recipe", [AUTHORS, AuthorsRecipe(name="authors", warmup_steps=5), SGD])
+def test_the_rates_are_those_of_torchs_one_cycle(recipe, total):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], 1.0, momentum=0.9)
+    share = recipe.warmup if isinstance(recipe, OursRecipe) else recipe.warmup_steps / total
+    cycles = isinstance(recipe, AuthorsRecipe)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.lr, total, pct_start=share, cycle_momentum=cycles, div_factor=25, final_div_factor=1e4
+    )
+    for step in range(total):
+        group = optimizer.param_groups[0]
+        assert rates(recipe, step, total) == pytest.approx((group["lr"], group["momentum"]), rel=1e-9, abs=1e-15)
+        optimizer.step()
+        theirs.step() if step < total - 1 else None
+
+
+def test_a_warm_up_longer_than_the_training_is_refused(lab):
+    with pytest.raises(ConfigError, match=r"recipe\.warmup_steps: 500 steps of warm-up in a training of 15"):
+        make(lab, recipe=AuthorsRecipe(name="authors"))
+
+
+def test_in_the_authors_recipe_everything_decays_and_in_ours_only_matrices(lab):
+    network = lab.network()
+    (everything,) = build_optimizer(network, AUTHORS).param_groups
+    assert len(everything["params"]) == len(list(network.parameters()))
+    assert everything["weight_decay"] == 1e-4
+    decayed, free = build_optimizer(network, SGD).param_groups
+    names = {id(p): n for n, p in network.named_parameters()}
+    free_names = {names[id(p)] for p in free["params"]}
+    assert free["weight_decay"] == 0
+    assert {"cls", "pos", "norm.weight", "head.bias", "blocks.0.norm1.weight"} <= free_names
+    assert {names[id(p)] for p in decayed["params"]} == {n for n in names.values() if n.endswith("weight")} - free_names
+    (all_of_it,) = build_optimizer(network, SGD.model_copy(update={"decay_all": True})).param_groups
+    assert len(all_of_it["params"]) == len(names)
+
+
+# --- terms of the loss ------------------------------------------------------------------------------------------------
+
+
+def value_of(lab, method, *overrides, maps=(0, 1)):
+    network, images = lab.network(dtype=torch.float64), lab.images(dtype=torch.float64)
+    config = configure(method, *overrides)
+    _, seen = network.observe(images, mapped_blocks(config, 2))
+    _, full = network.observe(images, maps)
+    return float(build_term(config)(network, seen)), network, full
+
+
+def test_each_term_is_its_formula_times_its_coefficient(lab):
+    coefficient = "coefficients={paper: 0.5, flip: 0.5, paper_strong: 7.0, attn_l1: 2.0, attn_sparse: 3.0, l1: 0.25, "
+    coefficient += "ffn_log: 0.5, ffn_l1: 2.0, group: 0.125}"
+
+    def value(method, *more):
+        return value_of(lab, method, coefficient, *more)
+
+    found, network, seen = value("paper")
+    last = float(attention_penalty(seen[1]["attention"]))
+    assert found == pytest.approx(0.5 * last, abs=1e-7)
+    both = (float(attention_penalty(seen[0]["attention"])) + last) / 2
+    assert value("paper", "coefficients.scope=all")[0] == pytest.approx(0.5 * both, rel=1e-9)
+    assert both != pytest.approx(last, rel=1e-3)
+    assert value("flip")[0] == pytest.approx(-0.5 * last, rel=1e-9)
+    assert value("paper_strong")[0] == pytest.approx(7 * last, rel=1e-9)
+    assert value("attn_l1")[0] == pytest.approx(2 / 5, rel=1e-9)
+    assert value("attn_sparse")[0] == pytest.approx(3 * float(attention_entropy(seen[1]["attention"])), rel=1e-9)
+    hidden = [s["hidden"] for s in seen]
+    assert value("ffn_log")[0] == pytest.approx(0.5 * sum(float(activation_penalty(h)) for h in hidden) / 2, rel=1e-9)
+    assert value("ffn_l1")[0] == pytest.approx(2 * sum(float(h.abs().mean()) for h in hidden) / 2, rel=1e-9)
+    weights = sum(float(p.abs().sum()) for p in prunable(network, "matrices").values())
+    assert value("l1")[0] == pytest.approx(0.25 * weights, rel=1e-9)
+    groups = sum(float(neuron_group_lasso(b.fc1.weight, b.fc2.weight)) for b in network.layers)
+    assert value("group")[0] == pytest.approx(0.125 * groups, rel=1e-9)
+
+
+def test_scope_all_is_scope_last_where_there_is_one_block(lab):
+    network, images = lab.network(depth=1, dtype=torch.float64), lab.images(dtype=torch.float64)
+    found = []
+    for scope in ("last", "all"):
+        config = configure("paper", f"coefficients.scope={scope}")
+        found.append(float(build_term(config)(network, network.observe(images, mapped_blocks(config, 1))[1])))
+    assert found[0] == found[1]
+
+
+def test_only_the_last_blocks_map_is_computed_and_none_for_arms_that_need_none():
+    wanted = {"paper", "flip", "attn_l1", "paper_strong", "attn_sparse"}
+    for method in METHODS:
+        assert mapped_blocks(configure(method), 12) == ((11,) if method in wanted else ())
+    assert mapped_blocks(configure("paper", "coefficients.scope=all"), 3) == (0, 1, 2)
+    assert mapped_blocks(configure("paper", "coefficients.paper=0.0"), 3) == ()
+
+
+def test_the_loss_is_cross_entropy_and_the_term(lab):
+    fit = make(lab, "paper", overrides=("coefficients.paper=5.0",), epochs=1, recipe=SGD)
+    network = fit.network.double()
+    images, labels = next(fit.source.evaluate(40))
+    images = images.double()
+    logits, seen = network.observe(images, fit.maps)
+    total = functional.cross_entropy(logits, labels) + fit.term(network, seen)
+    wanted = 5 * float(attention_penalty(seen[1]["attention"]))
+    assert float(total - functional.cross_entropy(logits, labels)) == pytest.approx(wanted, abs=1e-7)
+
+
+@pytest.mark.parametrize("method", ["paper", "flip", "l1", "group", "ffn_log"])
+def test_a_coefficient_of_zero_gives_the_bits_of_no_penalty(lab, method):
+    zero = make(lab, method, overrides=(f"coefficients.{method}=0.0",))
+    assert same(run(zero, 3), run(make(lab, "none"), 3))
+    assert not same(run(make(lab, method, overrides=(f"coefficients.{method}=1.0",)), 3), run(make(lab, "none"), 3))
+
+
+def test_the_control_that_must_do_nothing_does_nothing(lab):
+    control, none = run(make(lab, "attn_l1")), run(make(lab, "none"))
+    assert max(float((control[n] - none[n]).abs().max()) for n in none) < 1e-5
+
+
+def test_the_strong_penalty_raises_the_entropy_of_the_last_map_and_the_sparse_arm_lowers_it(lab):
+    def entropy(method, *overrides):
+        fit = make(lab, method, overrides=overrides, epochs=6)
+        run(fit)
+        _, seen = fit.network.eval().observe(lab.images(), (1,))
+        return float(attention_entropy(seen[1]["attention"]))
+
+    none = entropy("none")
+    assert entropy("paper_strong", "coefficients.paper_strong=100.0") > none + 0.01
+    assert entropy("attn_sparse", "coefficients.attn_sparse=2.0") < none - 0.01
+
+
+def test_the_null_arm_is_a_tiny_perturbation_of_the_start_and_nothing_else(lab):
+    start = lab.network().state_dict()
+    null = state_of(make(lab, "null"))
+    for name, tensor in start.items():
+        relative = ((null[name] - tensor).abs() / tensor.abs().clamp(min=1e-9)).max()
+        assert 0 < float(relative) < 1e-5
+    assert same(state_of(make(lab, "none")), start)
+
+
+# --- bits -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [SGD, ADAMW, AUTHORS], ids=["sgd", "adamw", "authors"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(lab, recipe, dropout):
+    one = run(make(lab, "paper", recipe=recipe, dropout=dropout))
+    torch.manual_seed(123)  # nothing may depend on the global generator
+    assert same(one, run(make(lab, "paper", recipe=recipe, dropout=dropout)))
+    assert not same(one, run(make(lab, "paper", recipe=recipe, dropout=dropout, seed=1)))
+
+
+@pytest.mark.parametrize("recipe", [SGD, ADAMW, AUTHORS], ids=["sgd", "adamw", "authors"])
+@pytest.mark.parametrize("stop", [1, 5, 7, 20, 23, 39])
+def test_a_training_that_stopped_anywhere_goes_on_to_the_same_bits(lab, recipe, stop):
+    """Batches of 2 make 20 steps an epoch, more than share a stream of augmentation."""
+    assert CHUNK < 20
+    setup = {"recipe": recipe, "dropout": 0.2, "batch_size": 2, "epochs": 2}
+    whole = make(lab, "paper", **setup)
+    wanted = run(whole)
+    first = make(lab, "paper", **setup)
+    run(first, stop)
+    saved = copy.deepcopy(first.snapshot())
+    second = make(lab, "none", **setup)
+    second.term, second.maps = first.term, first.maps
+    torch.manual_seed(5)
+    second.restore(saved)
+    assert same(run(second), wanted)
+    assert second.order_digest == whole.order_digest
+    assert torch.equal(second.sums, whole.sums)
+
+
+def test_every_step_drops_out_something_else(lab):
+    still = OursRecipe(name="ours", lr=1e-12, weight_decay=0.0)
+    fit = make(lab, recipe=still, batch_size=40, epochs=3, dropout=0.5, shuffle=False)
+    fit.source = source(flip=False)
+    losses = [float(fit.sums[0]) for _ in fit.steps()]
+    steps = [losses[0], losses[1] - losses[0], losses[2] - losses[1]]
+    assert max(steps) - min(steps) > 1e-3
+
+
+def test_every_epoch_has_a_new_order_and_all_arms_of_a_seed_the_same(lab):
+    one, other = make(lab, "none"), make(lab, "paper")
+    orders = [one.order(epoch) for epoch in range(3)]
+    assert all(torch.equal(order.sort().values, torch.arange(40)) for order in orders)
+    assert not torch.equal(orders[0], orders[1])
+    assert all(torch.equal(other.order(epoch), order) for epoch, order in enumerate(orders))
+    fixed = make(lab, "none", shuffle=False)
+    assert torch.equal(fixed.order(1), torch.arange(40))
+    run(one), run(other), run(fixed)
+    assert one.order_digest == other.order_digest != fixed.order_digest
+    third = make(lab, seed=1)
+    run(third)
+    assert third.order_digest != one.order_digest
+
+
+def test_a_step_sees_the_images_that_the_order_says(lab):
+    fit = make(lab)
+    seen = []
+    source_prefetch = fit.source.prefetch
+
+    def spy(batches, generator):
+        seen.extend(batch.tolist() for batch in batches)
+        return source_prefetch(batches, generator)
+
+    fit.source.prefetch = spy
+    run(fit)
+    assert seen == [fit.images_of_step(step) for step in range(15)]
+    assert [i for batch in seen[:5] for i in batch] == fit.order(0).tolist()
+
+
+@pytest.mark.parametrize("recipe", [SGD, ADAMW, AUTHORS], ids=["sgd", "adamw", "authors"])
+def test_masked_weights_stay_exactly_zero_through_momentum_decay_and_penalty(lab, recipe):
+    network = lab.network()
+    masks = global_magnitude_masks(dict(prunable(network, "authors")), 0.6)
+    fit = make(lab, "l1", recipe=recipe, masks=masks)
+    with torch.no_grad():
+        for name, parameter in fit.network.named_parameters():
+            if name in masks:
+                parameter.mul_(masks[name])
+    before = state_of(fit)
+    for done in fit.steps():
+        state = fit.network.state_dict()
+        assert all(not state[name][~mask].any() for name, mask in masks.items())
+        if done == 5:
+            break
+    assert any(not torch.equal(before[n], state[n]) for n in masks)
+    for parameter, mask in fit.masks:
+        for value in fit.optimizer.state[parameter].values():
+            if value is not None and value.shape == mask.shape:
+                assert not value[~mask].any()
+
+
+def test_without_the_guard_momentum_would_revive_masked_weights(lab):
+    network = lab.network()
+    masks = global_magnitude_masks(dict(prunable(network, "authors")), 0.6)
+    fit = make(lab)
+    with torch.no_grad():
+        for name, parameter in fit.network.named_parameters():
+            if name in masks:
+                parameter.mul_(masks[name])
+    state = run(fit, 2)
+    assert any(bool(state[name][~mask].any()) for name, mask in masks.items()), "the test above must be able to fail"
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_step(lab):
+    fit = make(lab)
+    run(fit, 7)
+    with torch.no_grad():
+        fit.network.head.bias[0] = math.nan
+    before = state_of(fit)
+    with pytest.raises(NotFiniteError, match="step 7"):
+        run(fit)
+    assert all(torch.equal(before[n].nan_to_num(9), t.nan_to_num(9)) for n, t in fit.network.state_dict().items())
+
+
+def test_clipping_bounds_the_step(lab):
+    tight = SGD.model_copy(update={"clip": 1e-6, "weight_decay": 0.0})
+    start, end = state_of(make(lab)), run(make(lab, recipe=tight, epochs=1))
+    assert max(float((end[n] - start[n]).abs().max()) for n in start) < 1e-5
+
+
+def test_bfloat16_training_keeps_weights_and_penalty_in_float32(lab):
+    fit = make(lab, "paper", precision="bfloat16", epochs=1)
+    run(fit)
+    assert all(p.dtype == torch.float32 for p in fit.network.parameters())
+    means = fit.epoch_means()
+    assert 0 < means["term"] < 0.01 * math.log(2) / 5
+    assert fit.sums.tolist() == [0, 0]
