@@ -35,7 +35,7 @@ PLANS = {
     "paper": Plan(("cifar100_lt_if100", "cifar10_lt_if100"), 3, statistics=True),
 }
 # Real CIFAR-10-LT on a CPU: not a scale of its own, for it needs the data set and hours.
-CIFAR_ON_CPU = Plan(("cifar10_lt_if100_cpu",), 3, True, ("mdcs", "balanced_softmax", "ce", "dl_both"))
+CIFAR_ON_CPU = Plan(("cifar10_lt_if100_cpu",), 3, True, ("mdcs", "balanced_softmax", "ce"))
 
 
 @dataclass(frozen=True)
