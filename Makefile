@@ -33,7 +33,7 @@ check: setup ## lint, types, generated tables, and the whole suite
 	$(BIN)/python results/tables.py --check
 	$(BIN)/python -m pytest
 
-reproduce: reproduce-fedloge reproduce-mdcs ## every paper whose study is published, one after the other
+reproduce: reproduce-fedloge reproduce-mdcs ## every paper whose study is published
 
 reproduce-fedloge: setup ## FedLoGe: methods x seeds, table, verdicts, plots
 	$(BIN)/python -m fedloge.reproduce --scale $(SCALE)

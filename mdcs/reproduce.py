@@ -49,6 +49,12 @@ class Study:
     statistics: bool
     out: Path
     partial: bool
+    chosen: bool = False  # its plan has some of the study's arms only
+
+    @property
+    def whole(self) -> bool:
+        """Whether it asks all that the main study asks."""
+        return self.name == "main" and not self.partial and not self.chosen
 
     @property
     def report_folder(self) -> Path:
@@ -164,7 +170,7 @@ def report(study: Study, jobs: "Sequence[Job]", command: str) -> None:
     shared_report.show(f"{title}: in % (mean ± deviation over seeds)", table)
     claims_asked = MAIN_CLAIMS if study.name == "main" else ALL_CLAIMS
     judgements = [judge(claim, figures, study.statistics) for claim in claims_asked]
-    if study.name != "main" or study.partial:  # what it does not ask is not "not run"
+    if not study.whole:  # what it does not ask is not "not run"
         judgements = [j for j in judgements if j.verdict != "not run at this scale" and not isinstance(j.claim, Fact)]
     judgements.sort(key=lambda item: item.verdict == "not run at this scale")
     if judgements:
@@ -240,7 +246,7 @@ def planned(asked: argparse.Namespace) -> list[Study]:
     if partial and asked.publish:
         raise ConfigError("--publish: a study of some arms or seeds is not published; leave --methods and --seeds out")
     return [
-        Study(find_config(name, "mdcs"), asked.study, arms, seeds, plan.statistics, asked.out, partial)
+        Study(find_config(name, "mdcs"), asked.study, arms, seeds, plan.statistics, asked.out, partial, bool(plan.arms))
         for name in names
     ]
 
