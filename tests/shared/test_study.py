@@ -96,9 +96,10 @@ def test_a_study_without_jobs_ends_at_once():
 
 
 STUDY = """
-import json, sys
+import json, signal, sys
 from pathlib import Path
 from shared.study import Job, run_jobs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that a shell runs in the background ignores it
 jobs = [Job("a", 0, Path(folder), tuple(arguments)) for folder, arguments in json.loads(sys.argv[1])]
 try:
     run_jobs("fedloge.train", jobs, 2)

@@ -130,6 +130,7 @@ def value_of(lab, method, *overrides, maps=(0, 1)):
     return float(build_term(config)(network, seen)), network, full
 
 
+@torch.no_grad()
 def test_each_term_is_its_formula_times_its_coefficient(lab):
     coefficient = "coefficients={paper: 0.5, flip: 0.5, paper_strong: 7.0, attn_l1: 2.0, attn_sparse: 3.0, l1: 0.25, "
     coefficient += "ffn_log: 0.5, ffn_l1: 2.0, group: 0.125}"
