@@ -157,6 +157,7 @@ def test_each_term_is_its_formula_times_its_coefficient(lab):
     assert value("group")[0] == pytest.approx(0.125 * groups, rel=1e-9)
 
 
+@torch.no_grad()
 def test_scope_all_is_scope_last_where_there_is_one_block(lab):
     network, images = lab.network(depth=1, dtype=torch.float64), lab.images(dtype=torch.float64)
     found = []
