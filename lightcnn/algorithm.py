@@ -3,11 +3,12 @@
 A step is a phase of training with its network, its first weights, its images and what it keeps.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lightcnn.augment import Ranges, Warp
+from lightcnn.augment import AnyWarp, Ranges, Warp
 from lightcnn.baselines import BASELINES, Baseline, ImageShape
 from lightcnn.config import BaselineConfig, Config, TwoStageConfig, VariantConfig
 from lightcnn.fused import Stack, fuse, stack, unstack
@@ -19,6 +20,7 @@ from lightcnn.problem import Lane, Problem
 Points = dict[str, Stack]  # the networks kept at each point of a run: name -> stack with one network a lane
 BRANCHES = ("branch_a", "branch_b")  # the points of stage 1
 CARRY = "carry"  # the point that the next step goes on from
+BEST_EPOCH = "best_epoch"  # the best epoch of stage 2's last phase, kept by the baselines' rule for a level comparison
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Images:
     """What the training images of one network go through; `ranges` None leaves them clean."""
 
     ranges: Ranges | None = None
-    warp: Warp = "sequential"
+    warp: AnyWarp = "sequential"
 
 
 CLEAN = Images()
@@ -38,7 +40,8 @@ class Step:
 
     Each lane trains as many networks as `images` has entries, on the same batches. `points` names what is kept of each:
     the best epoch on validation ("best": Keras' checkpoint) or the one that early stopping restores. The latter is also
-    what the next step goes on from. `fold` chooses the notebook's fold instead of the lane's own images.
+    what the next step goes on from. `best_point` names the best epoch where it is kept too. `fold` chooses the
+    notebook's fold instead of the lane's own images.
     """
 
     phase: Phase
@@ -52,6 +55,12 @@ class Step:
         None  # one-cycle SGD with this highest rate; None: the phase's optimiser at its constant rate
     )
     fold: int | None = None
+    best_point: str | None = None
+
+    @property
+    def all_points(self) -> tuple[str, ...]:
+        """Every name under which the step keeps a network."""
+        return self.points if self.best_point is None else (*self.points, self.best_point)
 
 
 VARIANTS: dict[str, dict[str, str]] = {
@@ -96,6 +105,7 @@ def two_stage(config: Config, settings: TwoStageConfig, shape: ImageShape) -> li
     for phase in stage2_phases(config, settings):
         steps.append(Step(phase, merged, begin, (CLEAN,), (phase.name,), "early_stopping", config.batch_size))
         begin = carry_on
+    steps[-1] = replace(steps[-1], best_point=BEST_EPOCH)
     if settings.kfold == "notebook":
         for number, phase in enumerate(capped(fold_phases(settings.folds), config)):
             points = (phase.name,)
@@ -141,7 +151,7 @@ def carry_on(points: Points, lanes: Sequence[Lane]) -> Stack:
 def baseline_step(config: Config, baseline: Baseline, shape: ImageShape) -> Step:
     """One network in one go, for at most as many epochs as both stages have; its best epoch on validation is kept."""
     network = baseline.build(shape)
-    epochs = config.plain.epochs or nominal_epochs(config)
+    epochs = min(config.plain.epochs or nominal_epochs(config), baseline.max_epochs or sys.maxsize)
     cycle = baseline.optimizer == "one_cycle"
     phase = Phase(
         "train", network.groups, "sgd" if cycle else "nadam", epochs, 0 if cycle else config.plain.patience, start=3
@@ -150,15 +160,21 @@ def baseline_step(config: Config, baseline: Baseline, shape: ImageShape) -> Step
         "clean": CLEAN,
         "paper": Images(paper_ranges(config), config.augment.warp),
         "mild": Images(Ranges(rotation=10 / 360, zoom=0.0, shift=2 / shape.image_size), "combined"),
-        "shift": Images(Ranges(rotation=0.0, zoom=0.0, shift=2 / shape.image_size), "combined"),
+        "shift": shifted(config, shape, 2),
     }[baseline.images]
     batch_size = (config.plain.batch_size if cycle else None) or config.batch_size
 
     def begin(points: Points, lanes: Sequence[Lane]) -> Stack:
         return stack([network.initial(lane.init_seed("a")) for lane in lanes])
 
-    peak = config.plain.peak_lr if cycle else None
+    peak = (baseline.peak_lr or config.plain.peak_lr) if cycle else None
     return Step(phase, network, begin, (images,), (phase.name,), "best", batch_size, peak_lr=peak)
+
+
+def shifted(config: Config, shape: ImageShape, pixels: int) -> Images:
+    """Shifts by whole pixels, and a flip left to right wherever it leaves the class what it is: not on digits."""
+    flip = config.data.name != "mnist"
+    return Images(Ranges(rotation=0.0, zoom=0.0, shift=pixels / shape.image_size, flip=flip), "whole_pixels")
 
 
 def paper_ranges(config: Config) -> Ranges:

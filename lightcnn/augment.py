@@ -11,7 +11,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-Warp = Literal["sequential", "combined"]
+Warp = Literal["sequential", "combined"]  # the paper's, and the sharper one
+AnyWarp = Warp | Literal["whole_pixels"]
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,23 @@ def draw(n: int, ranges: Ranges, generator: Generator) -> Tensor:
     return torch.cat([angle, 1 + zoom, shift, brightness, flip], dim=1)
 
 
-def augment(images: Tensor, draws: Tensor, ranges: Ranges, warp: Warp = "sequential") -> Tensor:
+def augment(images: Tensor, draws: Tensor, ranges: Ranges, warp: AnyWarp = "sequential") -> Tensor:
     """Change each image [B, C, H, H] in [0, 1] by its own row of `draws` [B, 7], which `draw` gave for `ranges`.
 
     Args:
         warp: "sequential" interpolates for the rotation, the zoom and the translation in turn, as the notebook does;
-            "combined" interpolates once, by the product R Z T of the three maps on output coordinates, and is sharper.
+            "combined" interpolates once, by the product R Z T of the three maps on output coordinates, and is sharper;
+            "whole_pixels" shifts by the nearest whole pixels, without rotation and zoom, and blurs nothing.
     """
     if not len(images):
         return images
     angle, zoom, shift, brightness, flip = torch.split(draws, [1, 2, 2, 1, 1], dim=1)
     if ranges.flip:
         images = torch.where(flip.view(-1, 1, 1, 1) > 0, images.flip(-1), images)
-    if warp == "combined":
+    if warp == "whole_pixels":
+        side = images.shape[-1]
+        images = zoom_and_shift(images, torch.ones_like(zoom), (side * shift).round() / side)
+    elif warp == "combined":
         # The output pixel p reads the input at R z (p - 2 d), in coordinates from -1 to 1: a side is 2 long.
         linear = rotation_matrices(angle) * zoom[:, None, :]
         images = sample(images, torch.cat([linear, linear @ (-2 * shift).unsqueeze(2)], dim=2))

@@ -48,16 +48,16 @@ def evaluate(
     """All figures of a run and the details behind them.
 
     `accuracy` is the final network's on the test set; `<point>.accuracy` that of the network kept there (`branch_a`,
-    `branch_b`, their mean probabilities `branches_mean`, and each phase of stage 2); `validation` the same on the
-    validation images. Under `kfold: honest` a seed's figures are those of its fold with the best validation accuracy,
-    and `kfold.` stands before the means over folds.
+    `branch_b`, their mean probabilities `branches_mean`, each phase of stage 2, and `best_epoch`, the best of its last
+    phase); `validation` the same on the validation images. Under `kfold: honest` a seed's figures are those of its fold
+    with the best validation accuracy, and `kfold.` stands before the means over folds.
     """
     images, labels = test.images.to(problem.images.device), test.labels.to(problem.images.device)
     by_lane: dict[str, list[float]] = {}
     final, predicted = final_point(steps), torch.empty(0)
     for step in steps:
         found = []
-        for point in step.points:
+        for point in step.all_points:
             found.append(probabilities(step.network, points[point], images, config))
             held = validation_accuracy(step.network, points[point], problem, config)
             for name in (f"{point}.", "") if point == final else (f"{point}.",):
@@ -65,7 +65,7 @@ def evaluate(
                 by_lane[f"{name}validation"] = held
         if step.points == BRANCHES:
             by_lane["branches_mean.accuracy"] = shares((found[0] + found[1]) / 2, labels)
-        predicted = found[-1].argmax(-1)
+        predicted = found[len(step.points) - 1].argmax(-1)
     best = best_lanes(problem, by_lane["validation"])
     figures = [
         {"seed": seed, "at": "final", "split": "test" if name.endswith("accuracy") else "validation", "metric": name,
@@ -183,7 +183,7 @@ def load_points(folder: Path, steps: Sequence[Step], problem: Problem) -> Points
     points: Points = {}
     for step in steps:
         wanted = step.network.initial(0)
-        for point in step.points:
+        for point in step.all_points:
             points[point] = {}
             for name, tensor in wanted.items():
                 found = tensors.pop(f"{point}.{name}", None)

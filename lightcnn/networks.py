@@ -125,6 +125,7 @@ class Modules:
         self, stacked: Stack, inputs: Tensor, levels: Sequence[str], kept: Tensor | None = None, training: bool = False
     ) -> Tensor:
         self.template.train(training)
+        inputs = inputs.flatten(0, 1).to(memory_format=torch.channels_last).view(inputs.shape)
         lanes = range(len(inputs))
         parts = {name: tensor.unbind() if tensor.requires_grad else [tensor[i] for i in lanes]
                  for name, tensor in stacked.items()}  # fmt: skip

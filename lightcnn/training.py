@@ -115,4 +115,6 @@ def end_phase(training: Training, points: Points) -> Points:
         name: fused.rows(held, range(member, len(training.stops), training.members))
         for member, name in enumerate(training.step.points)
     }
+    if training.step.best_point is not None:
+        found[training.step.best_point] = fused.rows(training.best, range(len(training.stops)))
     return {**points, **found, CARRY: training.kept}

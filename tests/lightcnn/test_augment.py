@@ -88,6 +88,22 @@ def test_the_sequential_warp_is_rotation_then_zoom_then_shift():
     assert torch.equal(augment(images, draws, Ranges()), wanted)
 
 
+def test_whole_pixels_shift_without_blur_and_reflect_at_the_border():
+    images = pictures(64)
+    ranges = replace(OFF, shift=2 / 28)
+    draws = draw(64, ranges, Generator().manual_seed(1))
+    moved = augment(images, draws, ranges, "whole_pixels")
+    padded = functional.pad(images, (2, 2, 2, 2), mode="replicate")  # half-sample symmetric: the border comes twice
+    padded[..., 0, :], padded[..., -1, :] = padded[..., 3, :].clone(), padded[..., -4, :].clone()
+    padded[..., 0], padded[..., -1] = padded[..., 3].clone(), padded[..., -4].clone()
+    seen = set()
+    for image, found, row in zip(padded, moved, draws, strict=True):
+        dx, dy = (round(float(28 * d)) for d in row[3:5])
+        seen.add((dx, dy))
+        torch.testing.assert_close(found, image[:, 2 - dy : 30 - dy, 2 - dx : 30 - dx], atol=1e-5, rtol=0)
+    assert {dx for dx, _ in seen} == {dy for _, dy in seen} == {-2, -1, 0, 1, 2}
+
+
 def test_draws_fill_their_ranges():
     ranges = Ranges(brightness=0.2, flip=True)
     d = draw(20000, ranges, Generator().manual_seed(0))

@@ -1,16 +1,17 @@
 """A run that stops and goes on gives the bits of a run that did not stop: in every phase, amid it and at its end."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lightcnn import training
+from lightcnn import problem, training
 from lightcnn.train import train
 from shared import run as run_module
 from shared.checkpoint import load_state
-from shared.errors import InterruptedRunError
+from shared.errors import DataError, InterruptedRunError
 from shared.run import Run
 
 STEPS = 5  # an epoch of 130 images in batches of 32
@@ -152,6 +153,15 @@ def test_a_run_that_ends_between_two_phases_goes_on_to_the_same_bits(tmp_path, c
             train(config, run)
         assert load_state(run.state_path)["state"]["step"] == phase + 1
     assert whole(tmp_path / "run", config) == never_stopped("two_stage")
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path, config_of, never_stopped, monkeypatch):
+    config = config_of("method=two_stage", *SETTINGS)
+    stop(tmp_path / "run", config, steps_of(never_stopped("two_stage"))[0] - 2)
+    load = problem.load_problem
+    monkeypatch.setattr(problem, "load_problem", lambda *given: replace(load(*given), digest="another"))
+    with Run(tmp_path / "run", config, "test") as run, pytest.raises(DataError, match="other training images"):
+        train(config, run)
 
 
 def test_another_seed_gives_other_bits_and_the_same_seed_the_same(tmp_path, config_of, never_stopped):

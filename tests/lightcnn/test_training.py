@@ -224,7 +224,7 @@ def test_every_method_trains(config_of, problem_of, run_phases, method):
     problem = problem_of(config)
     points, _, epochs = run_phases(config, problem)
     steps = plan(config, problem)
-    assert {p for step in steps for p in step.points} == set(points) - {CARRY}
+    assert {p for step in steps for p in step.all_points} == set(points) - {CARRY}
     for phase in epochs:
         for epoch in phase:
             assert all(0 < loss < 5 for e in epoch for loss in e.loss)
