@@ -41,8 +41,8 @@ reproduce-fedloge: setup ## FedLoGe: methods x seeds, table, verdicts, plots
 reproduce-mdcs: setup ## MDCS: arms x seeds, table, verdicts, plots (STUDY=main, distillation, views, sweeps, variance)
 	$(BIN)/python -m mdcs.reproduce --scale $(SCALE) --study $(STUDY)
 
-reproduce-lightcnn: setup ## LightCNN: methods x seeds, table, verdicts, plots
-	$(BIN)/python -m lightcnn.reproduce --scale $(SCALE)
+reproduce-lightcnn: setup ## LightCNN: methods x seeds, table, verdicts, plots (STUDY=main, budget)
+	$(BIN)/python -m lightcnn.reproduce --scale $(SCALE) --study $(STUDY)
 
 reproduce-sparsevit: setup ## SparseViT: arms x seeds x pruners, table, verdicts, plots
 	$(BIN)/python -m sparsevit.reproduce --scale $(SCALE)

@@ -10,11 +10,12 @@ from typing import Literal
 
 from lightcnn.augment import AnyWarp, Ranges, Warp
 from lightcnn.baselines import BASELINES, Baseline, ImageShape
-from lightcnn.config import BaselineConfig, Config, TwoStageConfig, VariantConfig
+from lightcnn.budget import LayoutNet, Recipe
+from lightcnn.config import BaselineConfig, BudgetConfig, Config, TwoStageConfig, VariantConfig
 from lightcnn.fused import Stack, fuse, stack, unstack
 from lightcnn.method import STAGE1, Phase, fold_phases, unfreezing_schedule
 from lightcnn.model import merge
-from lightcnn.networks import Merged, Network, Submodels
+from lightcnn.networks import Merged, Modules, Network, Submodels
 from lightcnn.problem import Lane, Problem
 
 Points = dict[str, Stack]  # the networks kept at each point of a run: name -> stack with one network a lane
@@ -56,6 +57,7 @@ class Step:
     )
     fold: int | None = None
     best_point: str | None = None
+    recipe: Recipe | None = None  # None: the paper's loss and decay
 
     @property
     def all_points(self) -> tuple[str, ...]:
@@ -73,7 +75,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "linear_head": {"head_activation": "linear"},
     "combined_warp": {},
 }
-METHODS: tuple[str, ...] = ("two_stage", *VARIANTS, *BASELINES)
+METHODS: tuple[str, ...] = ("two_stage", *VARIANTS, *BASELINES, "budget")
 
 
 def settings_of(config: Config) -> TwoStageConfig:
@@ -89,6 +91,8 @@ def plan(config: Config, problem: Problem) -> list[Step]:
     shape = ImageShape(problem.in_channels, problem.image_size, len(problem.classes))
     if isinstance(config.method, BaselineConfig):
         return [baseline_step(config, BASELINES[config.method.name], shape)]
+    if isinstance(config.method, BudgetConfig):
+        return [budget_step(config.method, shape)]
     return two_stage(config, settings_of(config), shape)
 
 
@@ -164,11 +168,27 @@ def baseline_step(config: Config, baseline: Baseline, shape: ImageShape) -> Step
     }[baseline.images]
     batch_size = (config.plain.batch_size if cycle else None) or config.batch_size
 
-    def begin(points: Points, lanes: Sequence[Lane]) -> Stack:
-        return stack([network.initial(lane.init_seed("a")) for lane in lanes])
-
     peak = (baseline.peak_lr or config.plain.peak_lr) if cycle else None
-    return Step(phase, network, begin, (images,), (phase.name,), "best", batch_size, peak_lr=peak)
+    return Step(phase, network, from_scratch(network), (images,), (phase.name,), "best", batch_size, peak_lr=peak)
+
+
+def budget_step(method: BudgetConfig, shape: ImageShape) -> Step:
+    """One network in one go, with the recipe that the configuration states; its best epoch on validation is kept."""
+    merged, cycle = method.layout == "merged", method.optimizer == "one_cycle"
+    network = Merged(*shape, "relu") if merged else Modules(lambda seed: LayoutNet(method.layout, shape, seed))
+    ranges = Ranges(method.rotation, method.zoom, method.shift / shape.image_size, flip=method.flip)
+    warped = method.rotation or method.zoom
+    phase = Phase("train", network.groups, "sgd" if cycle else "nadam", method.epochs, patience=0)
+    recipe = Recipe(method.decay, method.label_smoothing, method.teacher, method.teacher_share, method.temperature)
+    return Step(
+        phase, network, from_scratch(network), (Images(ranges, "combined" if warped else "whole_pixels"),),
+        (phase.name,), "best", method.batch_size, peak_lr=method.peak_lr if cycle else None, recipe=recipe,
+    )  # fmt: skip
+
+
+def from_scratch(network: Network) -> Callable[[Points, Sequence[Lane]], Stack]:
+    """One network a lane, each from its own seed."""
+    return lambda points, lanes: stack([network.initial(lane.init_seed("a")) for lane in lanes])
 
 
 def shifted(config: Config, shape: ImageShape, pixels: int) -> Images:

@@ -1,10 +1,12 @@
 """The typed configuration of one run: one method, some seeds side by side. `--schema` prints it as JSON schema."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from lightcnn.augment import Warp
+from lightcnn.budget import LAYOUT
 from lightcnn.method import Schedule
 from lightcnn.model import HeadActivation, HeadTransfer
 from shared.config import Section
@@ -90,7 +92,29 @@ class BaselineConfig(Section):
     ]  # fmt: skip
 
 
-MethodConfig = Annotated[TwoStageConfig | VariantConfig | BaselineConfig, Field(discriminator="name")]
+class BudgetConfig(Section):
+    """The budget track: any network and recipe within the paper's number of parameters. It is not the paper's."""
+
+    name: Literal["budget"]
+    layout: Annotated[str, Field(pattern=rf"^(merged|{LAYOUT})$")] = Field(
+        "merged", description="the paper's merged network, or blocks such as 'c16 s32 P s48' (`budget.LayoutNet`)"
+    )
+    optimizer: Literal["nadam", "one_cycle"] = "one_cycle"
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(128, ge=2)
+    peak_lr: Positive = Field(0.2, description="the highest rate of one-cycle SGD")
+    decay: float = Field(0.005, ge=0, description="decoupled weight decay of one-cycle SGD, as a share of the rate")
+    shift: int = Field(0, ge=0, description="the largest shift of a training image, in pixels")
+    flip: bool = Field(False, description="whether training images are mirrored left to right")
+    rotation: Share = Field(0.0, description="the largest rotation, in turns")
+    zoom: float = Field(0.0, ge=0, lt=1, description="the largest change of either factor")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    teacher: Path | None = Field(None, description="folder of a finished run on the same images")
+    teacher_share: Share = Field(0.9, description="the teacher's share of the loss")
+    temperature: Positive = 2.0
+
+
+MethodConfig = Annotated[TwoStageConfig | VariantConfig | BaselineConfig | BudgetConfig, Field(discriminator="name")]
 
 
 class Config(Section):

@@ -4,6 +4,7 @@ Where layers are frozen from the bottom, their outputs are computed once a phase
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,7 +104,13 @@ def warps(training: Training) -> dict[int, Tensor]:
     return found
 
 
-Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs [L, B, ...], labels [L, B], kept units [L, B, width] of dropout
+class Batch(NamedTuple):
+    """Inputs [L, B, ...], labels [L, B], units [L, B, width] that dropout keeps, a teacher's logits [L, B, K]."""
+
+    inputs: Tensor
+    labels: Tensor
+    kept: Tensor | None
+    soft: Tensor | None
 
 
 def batches(training: Training, problem: Problem) -> Iterator[Batch]:
@@ -116,13 +123,15 @@ def batches(training: Training, problem: Problem) -> Iterator[Batch]:
         indices = order[:, places].to(problem.images.device)
         inputs = prepare(training, problem, indices, {m: d[:, places] for m, d in drawn.items()})
         labels = problem.labels[indices].repeat_interleave(training.members, dim=0)
+        soft = None if training.soft is None else training.soft[indices].repeat_interleave(training.members, dim=0)
         kept = dropout_masks(training, len(places), first, problem.images.device)
         at = 0
         for number, batch in enumerate(chunk, first):
             part = slice(at, at + len(batch))
             at += len(batch)
             if number >= training.batch:
-                yield inputs[:, part], labels[:, part], None if kept is None else kept[:, part]
+                some = (None if every is None else every[:, part] for every in (kept, soft))
+                yield Batch(inputs[:, part], labels[:, part], *some)
 
 
 def prepare(training: Training, problem: Problem, indices: Tensor, drawn: dict[int, Tensor]) -> Tensor:

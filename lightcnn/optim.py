@@ -16,9 +16,12 @@ LEARNING_RATE = 1e-3  # constant, of both optimisers (section 3)
 class DecoupledSgd(torch.optim.SGD):
     """SGD with decoupled decay: w -= lr * decay * w, then Nesterov's step. torch's own decay goes into the gradient."""
 
-    def __init__(self, params: Sequence[Tensor], lr: float, momentum: float, decay: float) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], lr: float, momentum: float, decay: float, least_dimensions: int = 0
+    ) -> None:
+        """Args: least_dimensions: of a parameter that decays; 3 spares norms and biases, stacked over networks."""
         super().__init__(params, lr, momentum, nesterov=momentum > 0, foreach=True)
-        self.decay = decay
+        self.decay, self.least_dimensions = decay, least_dimensions
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -31,8 +34,9 @@ class DecoupledSgd(torch.optim.SGD):
         """One update of every parameter that has a gradient."""
         if self.decay:
             for group in self.param_groups:
-                moved = [p for p in group["params"] if p.grad is not None]
-                torch._foreach_mul_(moved, 1 - group["lr"] * self.decay)
+                moved = [p for p in group["params"] if p.grad is not None and p.dim() >= self.least_dimensions]
+                if moved:
+                    torch._foreach_mul_(moved, 1 - group["lr"] * self.decay)
         loss: float | None = super().step(closure)
         return loss
 

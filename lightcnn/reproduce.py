@@ -91,7 +91,7 @@ def methods_table(figures: "Figures", methods: Sequence[str]) -> list[list[str]]
     """Accuracies in per cent, then parameters, multiply-adds and epochs run."""
     from shared.report import method_table
 
-    (head, *rows) = method_table(figures, methods, COLUMNS)
+    (head, *rows) = method_table(figures, methods, COLUMNS, digits=2)
     table = [[*head[:-1], "parameters", "multiply-adds", "epochs", "n"]]
     for row in rows:
         constant = [list(figures[f"{row[0]}/{metric}"].values()) for metric in ("parameters", "multiply_adds")]
@@ -163,10 +163,31 @@ def chosen_slices(asked: argparse.Namespace, scale: str) -> list[Slice]:
     return [Slice(part.config, part.methods, asked.seeds or part.seeds) for part in parts]
 
 
+def reproduce_budget(asked: argparse.Namespace, scale: str, command: str) -> int:
+    """The budget study of a scale's configurations, or of the one that was asked for."""
+    from lightcnn.study import configs_of, run_budget
+
+    if asked.methods or (asked.publish and asked.seeds):
+        raise ConfigError("--study budget: leave --methods out, and --seeds where it is published")
+    failed = 0
+    for path in configs_of(scale, asked.config):
+        folder, some = run_budget(path, asked.out, asked.workers, asked.seeds, command)
+        failed += some
+        if asked.publish:
+            shutil.copytree(folder, REPOSITORY / "results" / "lightcnn" / path.stem, dirs_exist_ok=True)
+    return 1 if failed else 0
+
+
 def run_reproduce(arguments: Sequence[str]) -> int:
     """The command: 0 when all runs ended well, whatever the verdicts; 1 when a run failed."""
     parser = argparse.ArgumentParser(prog="python -m lightcnn.reproduce", description=__doc__)
     parser.add_argument("--scale", default="auto", help="auto, smoke (seconds), mini (minutes on a CPU), paper (hours)")
+    parser.add_argument(
+        "--study",
+        default="main",
+        choices=("main", "budget"),
+        help="main (the paper's claims), budget (the best network within its number of parameters)",
+    )
     parser.add_argument("--config", help="one configuration instead of the scale's own")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="some methods instead of the scale's own")
     parser.add_argument("--seeds", type=int, help="number of seeds instead of the scale's own")
@@ -180,6 +201,8 @@ def run_reproduce(arguments: Sequence[str]) -> int:
 
     scale, why = choose_scale(asked.scale)
     print(why, flush=True)
+    if asked.study == "budget":
+        return reproduce_budget(asked, scale, command_line("lightcnn.reproduce", arguments))
     parts, partial = chosen_slices(asked, scale), bool(asked.methods or asked.seeds)
     jobs: dict[Path, list[Job]] = {}
     failed = 0

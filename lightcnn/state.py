@@ -16,7 +16,15 @@ from lightcnn.algorithm import Step, trained_names
 from lightcnn.config import Config, TwoStageConfig
 from lightcnn.fused import Stack
 from lightcnn.method import EarlyStopping
-from lightcnn.optim import build_optimizer, narrowed_state, optimizer_state, restore_optimizer, trainable
+from lightcnn.optim import (
+    LEARNING_RATE,
+    DecoupledSgd,
+    build_optimizer,
+    narrowed_state,
+    optimizer_state,
+    restore_optimizer,
+    trainable,
+)
 from lightcnn.problem import Lane, folds_of
 
 
@@ -33,6 +41,7 @@ class Training:
     best: Stack
     kept: Stack
     inputs: list[Tensor] | None = None  # of each lane, what the frozen layers make of all images
+    soft: Tensor | None = None  # a teacher's logits [N, K] of all images
     epoch: int = 0
     batch: int = 0
     loss_sums: Tensor | None = None
@@ -65,6 +74,8 @@ def lane_of_fold(lane: Lane, step: Step, config: Config) -> Lane:
 def new_optimizer(step: Step, weights: Stack) -> Optimizer:
     """The phase's optimiser of the tensors that the phase trains; all others get no gradient."""
     parameters = trainable(weights, trained_names(step, weights))
+    if step.recipe is not None and step.phase.optimizer == "sgd":
+        return DecoupledSgd(parameters, LEARNING_RATE, momentum=0.9, decay=step.recipe.decay, least_dimensions=3)
     return build_optimizer(step.phase.optimizer, parameters)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from lightcnn import fused
 from lightcnn.algorithm import CARRY, Points, Step
+from lightcnn.budget import recipe_losses, teacher_logits
 from lightcnn.config import Config
 from lightcnn.feed import at_once, batch_positions, batches, frozen_outputs, gather, live_levels
 from lightcnn.method import EarlyStopping, lane_losses
@@ -36,6 +37,7 @@ def begin(step: Step, points: Points, problem: Problem, config: Config) -> Train
     optimizer, everyone = new_optimizer(step, weights), list(range(len(lanes)))
     training = Training(step, lanes, everyone, weights, optimizer, stops, best, kept)
     training.inputs = frozen_outputs(training, problem, config)
+    training.soft = None if step.recipe is None else teacher_logits(step.recipe, problem, config)
     return training
 
 
@@ -47,14 +49,17 @@ def train_epoch(
     meter, total = LossMeter(device), len(batch_positions(training))
     if training.loss_sums is None or training.right is None:
         training.loss_sums, training.right = torch.zeros(2, len(training.active) * training.members, device=device)
-    for inputs, labels, kept in batches(training, problem):
+    for inputs, labels, kept, soft in batches(training, problem):
         if step.peak_lr is not None:
             done = training.epoch * total + training.batch
             set_rate(training.optimizer, one_cycle(done, total * step.phase.epochs, step.peak_lr))
         training.optimizer.zero_grad(set_to_none=True)
         with autocast(device, config.precision):
             logits = step.network.forward(training.weights, inputs, levels, kept, training=True)
-        losses = lane_losses(logits.float(), labels)
+        if step.recipe is None:
+            losses = lane_losses(logits.float(), labels)
+        else:
+            losses = recipe_losses(logits.float(), labels, soft, step.recipe)
         loss = losses.sum()
         meter.add(loss)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -114,8 +114,9 @@ def show_difference(difference: PairedDifference, percent: bool = True) -> str:
     return f"{mean} ± {scale * difference.std:.{digits}f} [{low}, {high}]"
 
 
-def show_mean(values: Sequence[float], percent: bool = True) -> str:
+def show_mean(values: Sequence[float], percent: bool = True, digits: int | None = None) -> str:
     """`71.2 ± 0.9`: mean and deviation over seeds; without deviation for one seed."""
     mean, std = mean_and_std(list(values))
-    scale, digits = (100, 1) if percent else (1, 3)
+    scale, usual = (100, 1) if percent else (1, 3)
+    digits = usual if digits is None else digits
     return f"{scale * mean:.{digits}f}" + (f" ± {scale * std:.{digits}f}" if len(values) > 1 else "")

@@ -74,13 +74,15 @@ def figures_of(rows: Iterable[Row], at: str) -> Figures:
     return figures
 
 
-def method_table(figures: Figures, methods: Sequence[str], columns: Mapping[str, str]) -> list[list[str]]:
+def method_table(
+    figures: Figures, methods: Sequence[str], columns: Mapping[str, str], digits: int = 1
+) -> list[list[str]]:
     """Head and one row a method; `columns` maps a heading to a metric (shares, shown in per cent)."""
     rows = [["method", *columns, "n"]]
     for method in methods:
         found = [list(figures.get(f"{method}/{metric}", {}).values()) for metric in columns.values()]
         if any(found):
-            cells = [show_mean(values) if values else "-" for values in found]
+            cells = [show_mean(values, digits=digits) if values else "-" for values in found]
             rows.append([method, *cells, str(max(len(values) for values in found))])
     return rows
 

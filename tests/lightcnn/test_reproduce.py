@@ -15,7 +15,7 @@ from shared.config import load
 def test_the_jobs_of_a_study_have_folders_of_their_own_and_commands_that_load(tmp_path):
     path = find_config("smoke", "lightcnn")
     jobs = jobs_of(Slice("smoke", METHODS, 3), path, tmp_path)
-    assert len({job.folder for job in jobs}) == len(jobs) == len(METHODS) == 1 + len(VARIANTS) + len(BASELINES)
+    assert len({job.folder for job in jobs}) == len(jobs) == len(METHODS) == 2 + len(VARIANTS) + len(BASELINES)
     for job in jobs:
         config = load(find_config(job.arguments[1], "lightcnn"), Config, job.arguments[4:])
         assert (config.method.name, config.seeds) == (job.group, 3)

@@ -1,0 +1,167 @@
+"""The budget study: what each ingredient brings within the paper's number of parameters, one added after the other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightcnn.claims import budget_claims
+from lightcnn.config import BudgetConfig, Config
+from shared import report as shared_report
+from shared.checkpoint import atomic_write
+from shared.claims import Figures, judge, show_difference, show_mean
+from shared.cli import find_config
+from shared.config import load
+from shared.errors import ConfigError
+from shared.metrics import paired_difference
+from shared.run import folder_name, read_results
+from shared.study import Job, run_jobs
+
+if TYPE_CHECKING:
+    from shared.report import Row
+
+CONFIGS = {
+    "smoke": ("budget_smoke",), "mini": ("budget_mini",),
+    "paper": ("budget_fashion_mnist", "budget_mnist", "budget_cifar10"),
+}  # fmt: skip
+SEEDS, FINAL_SEEDS = 3, 5
+SHORT = 3  # the lower rungs have a third of the final recipe's epochs
+TEACHER = "teacher"
+TEACHER_LAYOUT, TEACHER_EPOCHS = "c32 c64 P c96 r96 P c128 r128", 20
+CONVOLUTIONS = "c16 c16 P c24 c24 P p32"  # B10: 12,410 parameters for one channel
+
+
+@dataclass(frozen=True)
+class Rung:
+    """An arm of the study: what it adds to the one before, and the overrides that take away what comes after it."""
+
+    name: str
+    adds: str
+    without: tuple[str, ...]
+
+
+RUNGS = (
+    Rung("plain", "the paper's merged network in one go: Nadam, clean images",
+         ("method.optimizer=nadam", "method.batch_size=32")),
+    Rung("one_cycle", "SGD whose rate rises and falls, batches of 128",
+         ("method.layout=merged", "method.peak_lr=0.01", "method.decay=0.0001")),
+    Rung("norm_and_pooling", "3x3 convolutions with batch norm and global average pooling",
+         (f"method.layout={CONVOLUTIONS}",)),
+    Rung("separable", "depthwise separable convolutions with residuals: deeper and wider",
+         ("method.shift=0", "method.flip=false", "method.rotation=0.0", "method.zoom=0.0")),
+    Rung("augmentation", "small shifts; flips, or on digits rotation and zoom", ("method.epochs=short",)),
+    Rung("longer", f"{SHORT} times the epochs", ("method.teacher=null",)),
+    Rung("distillation", "the probabilities of a larger network trained on the same images", ()),
+)  # fmt: skip
+
+
+def overrides_of(rung: Rung, method: BudgetConfig) -> list[str]:
+    """The configuration's recipe without what the rungs above add."""
+    values: dict[str, str] = {}
+    for upper in reversed(RUNGS[RUNGS.index(rung) :]):
+        values |= dict(change.split("=", 1) for change in upper.without)
+    if "method.epochs" in values:
+        values["method.epochs"] = str(max(1, method.epochs // SHORT))
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def teacher_job(path: Path, config: Config, out: Path) -> Job:
+    """The one teacher that all seeds share."""
+    epochs = min(TEACHER_EPOCHS, method_of(config).epochs)
+    return job_of(TEACHER, 0, [f"method.layout={TEACHER_LAYOUT}", f"method.epochs={epochs}"], path, out)
+
+
+def jobs_of(path: Path, config: Config, teacher: Path, out: Path, seeds: int | None) -> list[Job]:
+    """One training command a rung and seed, the upper rungs first: they take longest."""
+    jobs = []
+    for rung in reversed(RUNGS):
+        changes = overrides_of(rung, method_of(config))
+        if not rung.without:
+            changes = [f"method.teacher={teacher}"]
+        count = seeds or (SEEDS if rung.without else FINAL_SEEDS)
+        jobs += [job_of(rung.name, seed, changes, path, out) for seed in range(count)]
+    return jobs
+
+
+def job_of(arm: str, seed: int, changes: Sequence[str], path: Path, out: Path) -> Job:
+    """One training command."""
+    from lightcnn.reproduce import shown
+
+    overrides = [f"seed={seed}", *changes]
+    folder = out / "lightcnn" / folder_name(path.stem, "budget", seed, overrides)
+    return Job(arm, seed, folder, ("--config", shown(path), "--out", str(out), *overrides))
+
+
+def method_of(config: Config) -> BudgetConfig:
+    """The configuration's recipe; ConfigError where it is another method's."""
+    if not isinstance(config.method, BudgetConfig):
+        raise ConfigError(f"method: the budget study wants method budget, not {config.method.name}")
+    return config.method
+
+
+def run_budget(path: Path, out: Path, workers: int, seeds: int | None, command: str) -> tuple[Path, int]:
+    """The teacher, then all rungs, then the report; returns its folder and how many runs failed."""
+    config = load(path, Config)
+    teacher = teacher_job(path, config, out)
+    jobs = jobs_of(path, config, teacher.folder, out, seeds)
+    print(f"{path.stem}: a teacher, then {len(jobs)} runs of {len(RUNGS)} rungs", flush=True)
+    outcomes = run_jobs("lightcnn.train", [teacher], workers) | run_jobs("lightcnn.train", jobs, workers)
+    done = [job for job in (teacher, *jobs) if (job.folder / "results.json").exists()]
+    if not done:
+        raise ConfigError("no run of the study has finished; the lines above say why")
+    folder = out / "lightcnn" / f"report-{path.stem}{'-partial' if seeds else ''}"
+    report(path, config, done, folder, command)
+    return folder, sum(outcome.code != 0 for outcome in outcomes.values())
+
+
+def report(path: Path, config: Config, done: Sequence[Job], folder: Path, command: str) -> None:
+    """Write rows, the table of ingredients and the verdicts on the aims, and print both."""
+    results = [read_results(job.folder) for job in done]
+    rows: list[Row] = [
+        replace(row, method=job.group)
+        for job, one in zip(done, results, strict=True)
+        for row in shared_report.rows_of(one)
+    ]
+    figures, one = shared_report.figures_of(rows, "final"), results[-1]
+    table = ingredients(figures)
+    judgements = [judge(claim, figures, path.stem != "budget_smoke")
+                  for claim in budget_claims(config.data.name, one["data"]["image"][0])]  # fmt: skip
+    claims = shared_report.claim_table(judgements)
+    text = (
+        f"Accuracy in %, mean ± deviation over seeds. The recipe was chosen on the {one['data']['validation_images']} "
+        f"validation images with seeds of their own; the gain is that of a row over the one above it, on validation, "
+        f"paired by seed, with its 95 % interval. {one['device']}, {one['precision']}, commit {one['commit'][:10]}, "
+        f"`{command}`.\n\n"
+    )
+    shared_report.write_rows(folder / "results.csv", rows)
+    atomic_write(folder / "methods.md", (text + shared_report.markdown(table)).encode())
+    atomic_write(folder / "claims.md", shared_report.markdown(claims).encode())
+    shared_report.show(f"{path.stem}: what each ingredient brings", table)
+    shared_report.show(f"{path.stem}: the aims", claims)
+    print(f"{len(done)} runs; report in {folder}")
+
+
+def ingredients(figures: Figures) -> list[list[str]]:
+    """One row a rung, the teacher last."""
+    table = [["arm", "adds", "parameters", "multiply-adds", "validation", "gain", "test", "n"]]
+    before: dict[int, float] = {}
+    texts = {rung.name: rung.adds for rung in RUNGS} | {TEACHER: "the larger network itself"}
+    for name, adds in texts.items():
+        validation = dict(figures.get(f"{name}/validation", {}))
+        if not validation:
+            continue
+        sizes = [f"{int(next(iter(figures[f'{name}/{m}'].values()))):,}" for m in ("parameters", "multiply_adds")]
+        both = sorted(set(before) & set(validation))
+        gain = "-"
+        if len(both) > 1 and name != TEACHER:
+            gain = show_difference(paired_difference([validation[s] for s in both], [before[s] for s in both]))
+        test = list(figures[f"{name}/accuracy"].values())
+        means = [show_mean(list(validation.values()), digits=2), gain, show_mean(test, digits=2)]
+        table.append([name, adds, *sizes, *means, str(len(validation))])
+        before = validation
+    return table
+
+
+def configs_of(scale: str, asked: str | None) -> list[Path]:
+    """The configurations of a scale, or the one that was asked for."""
+    return [find_config(name, "lightcnn") for name in ([asked] if asked else CONFIGS[scale])]

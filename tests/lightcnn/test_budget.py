@@ -1,0 +1,145 @@
+"""The budget track: networks as layouts, the student's loss, the teacher, and the ladder of ingredients."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from lightcnn import training
+from lightcnn.algorithm import plan
+from lightcnn.baselines import BnGap, ImageShape
+from lightcnn.budget import LayoutNet, Recipe, recipe_losses, teacher_logits
+from lightcnn.config import Config
+from lightcnn.reproduce import main
+from lightcnn.study import CONVOLUTIONS, RUNGS, jobs_of, overrides_of, teacher_job
+from lightcnn.train import main as train_main
+from shared.checkpoint import load_model
+from shared.cli import find_config
+from shared.config import load
+from shared.errors import ConfigError, RunError
+
+GREY, COLOUR = ImageShape(1, 28, 10), ImageShape(3, 32, 10)
+LIMITS = {"budget_mnist": (GREY, 14_862), "budget_fashion_mnist": (GREY, 14_862), "budget_cifar10": (COLOUR, 19_622)}
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_network_has_no_more_parameters_than_the_papers(name):
+    shape, limit = LIMITS[name]
+    layout = load(find_config(name, "lightcnn"), Config).method.layout
+    assert 0.9 * limit < parameters(LayoutNet(layout, shape, 0)) <= limit
+
+
+def test_the_rung_of_convolutions_is_the_briefs_small_network():
+    assert parameters(LayoutNet(CONVOLUTIONS, GREY, 0)) == parameters(BnGap(GREY, 0)) == 12_410
+
+
+def test_a_layout_counts_and_computes_what_it_says():
+    net = LayoutNet("c4 r4 P s6 s6 p5", COLOUR, 0)
+    convolutions = 27 * 4 + 36 * 4 + (9 * 4 + 4 * 6) + (9 * 6 + 6 * 6) + 6 * 5
+    norms = 2 * (4 + 4 + (4 + 6) + (6 + 6) + 5)
+    assert parameters(net) == convolutions + norms + 5 * 10 + 10
+    images = torch.rand(2, 3, 32, 32)
+    net.eval()
+    c, r, _, s, t, p = net.blocks
+    hidden = functional.relu(c.norm(c.conv(2 * images - 1)))
+    hidden = functional.max_pool2d(functional.relu(hidden + r.norm(r.conv(hidden))), 2)
+    hidden = functional.relu(s.norm2(s.pointwise(s.norm1(s.depthwise(hidden)))))
+    hidden = hidden + functional.relu(t.norm2(t.pointwise(t.norm1(t.depthwise(hidden)))))
+    wanted = net.fc(functional.relu(p.norm(p.conv(hidden))).mean((2, 3)))
+    torch.testing.assert_close(net(images), wanted)
+    again = LayoutNet("c4 r4 P s6 s6 p5", COLOUR, 0)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ("c4 r5", "which has 4 channels"),
+        ("c4" + " P" * 6, "6 pools"),
+        ("c4 x5", "cannot be read"),
+        ("", "cannot be read"),
+    ],
+)
+def test_a_layout_that_cannot_be_built_is_refused(layout, words):
+    with pytest.raises(ConfigError, match=words):
+        LayoutNet(layout, COLOUR, 0)
+
+
+def test_the_losses_are_hintons_for_each_network_alone():
+    generator = torch.Generator().manual_seed(0)
+    logits, soft = torch.randn(2, 5, 10, generator=generator), torch.randn(2, 5, 10, generator=generator)
+    targets = torch.randint(10, (2, 5), generator=generator)
+    hard = torch.stack([functional.cross_entropy(logits[i], targets[i]) for i in range(2)])
+    torch.testing.assert_close(recipe_losses(logits, targets, None, Recipe(0.0)), hard)
+    smooth = torch.stack([functional.cross_entropy(logits[i], targets[i], label_smoothing=0.1) for i in range(2)])
+    torch.testing.assert_close(recipe_losses(logits, targets, None, Recipe(0.0, 0.1)), smooth)
+    recipe = Recipe(0.0, teacher_share=0.7, temperature=3.0)
+    distilled = torch.stack([functional.cross_entropy(logits[i] / 3, (soft[i] / 3).softmax(-1)) for i in range(2)])
+    torch.testing.assert_close(recipe_losses(logits, targets, soft, recipe), 0.3 * hard + 0.7 * 9 * distilled)
+
+
+def test_decay_spares_norms_and_biases_and_is_decoupled(config_of, problem_of):
+    config = config_of("method={name: budget, layout: c4 P c4, decay: 0.5}")
+    problem = problem_of(config)
+    state = training.begin(plan(config, problem)[0], {}, problem, config)
+    before = {name: tensor.detach().clone() for name, tensor in state.weights.items()}
+    for parameter in state.optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.param_groups[0]["lr"] = 0.1
+    state.optimizer.step()
+    for name, tensor in state.weights.items():
+        factor = 0.95 if name in ("blocks.0.conv.weight", "blocks.2.conv.weight", "fc.weight") else 1
+        torch.testing.assert_close(tensor.detach(), factor * before[name], msg=name)
+
+
+def test_every_rung_adds_one_thing_and_the_last_is_the_configuration(tmp_path):
+    path = find_config("budget_cifar10", "lightcnn")
+    whole = load(path, Config)
+    fields = [load(path, Config, overrides_of(rung, whole.method)).method.model_dump() for rung in RUNGS]
+    changed = [{key for key in a if a[key] != b[key]} for a, b in pairwise(fields)]
+    assert changed[0] <= {"optimizer", "batch_size"}
+    assert changed[1] == {"layout", "peak_lr", "decay"}
+    assert changed[2] == {"layout"}
+    assert changed[3] == {"shift", "flip"}
+    assert changed[4] == {"epochs"}
+    assert not changed[5]  # the teacher's folder is the study's to name
+    assert fields[-1] == whole.method.model_dump()
+    jobs = jobs_of(path, whole, tmp_path / "teacher", tmp_path, None)
+    assert sorted({sum(j.group == r.name for j in jobs) for r in RUNGS}) == [3, 5]
+    assert len({job.folder for job in (*jobs, teacher_job(path, whole, tmp_path))}) == len(jobs) + 1
+
+
+def test_a_teacher_of_other_images_is_refused_and_a_right_one_gives_its_logits(tmp_path, config_of, problem_of):
+    data = "data={name: sample, validation: 20, validation_from: each_class, train: 60}"
+    arguments = ["--config", "lightcnn/configs/budget_smoke.yaml", "--out", str(tmp_path)]
+    assert train_main([*arguments, data, "method.epochs=1"]) == 0
+    (folder,) = (tmp_path / "lightcnn").iterdir()
+    config = load(find_config("budget_smoke", "lightcnn"), Config, [data])
+    problem = problem_of(config)
+    recipe = Recipe(0.0, teacher=folder, teacher_share=0.9)
+    found = teacher_logits(recipe, problem, config)
+    network = LayoutNet(config.method.layout, GREY, 0).eval()
+    network.load_state_dict(load_model(folder / "model" / "s0")[0])
+    images = problem.images.float() / 255
+    with torch.no_grad():
+        wanted = (network(images) + network(images.flip(-1))) / 2
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    other = config_of("data={name: sample, validation: 20, validation_from: each_class, train: 50}")
+    with pytest.raises(RunError, match="not trained on this run's images"):
+        teacher_logits(recipe, problem_of(other), other)
+
+
+def test_the_budget_study_runs_and_its_table_has_every_rung(tmp_path, capsys):
+    command = ["--study", "budget", "--scale", "smoke", "--seeds", "2", "--workers", "2", "--out", str(tmp_path)]
+    assert main(command) == 0
+    table = (tmp_path / "lightcnn" / "report-budget_smoke-partial" / "methods.md").read_text()
+    assert all(f"| {rung.name} | {rung.adds} |" in table for rung in RUNGS)
+    assert "| teacher |" in table
+    assert "no more parameters" in capsys.readouterr().out
+    assert Path(tmp_path / "lightcnn" / "report-budget_smoke-partial" / "results.csv").exists()
