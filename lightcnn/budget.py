@@ -38,7 +38,7 @@ class Convolution(nn.Module):
 
 
 class Separable(nn.Module):
-    """3x3 a channel, norm, 1x1 to `after` channels, norm, ReLU; the input is added where the width stays.
+    """3x3 a channel, 1x1 to `after` channels, norm, ReLU; then the input is added where the width stays.
 
     9 C + C C' weights for a convolution's 9 C C'.
     """
@@ -47,11 +47,11 @@ class Separable(nn.Module):
         super().__init__()
         self.depthwise = nn.Conv2d(before, before, 3, padding=1, groups=before, bias=False)
         self.pointwise = nn.Conv2d(before, after, 1, bias=False)
-        self.norm1, self.norm2, self.residual = nn.BatchNorm2d(before), nn.BatchNorm2d(after), before == after
+        self.norm, self.residual = nn.BatchNorm2d(after), before == after
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[B, before, H, W] -> [B, after, H, W]."""
-        outputs = functional.relu(self.norm2(self.pointwise(self.norm1(self.depthwise(inputs)))))
+        outputs = functional.relu(self.norm(self.pointwise(self.depthwise(inputs))))
         return inputs + outputs if self.residual else outputs
 
 

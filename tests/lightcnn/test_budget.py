@@ -42,15 +42,15 @@ def test_the_rung_of_convolutions_is_the_briefs_small_network():
 def test_a_layout_counts_and_computes_what_it_says():
     net = LayoutNet("c4 r4 P s6 s6 p5", COLOUR, 0)
     convolutions = 27 * 4 + 36 * 4 + (9 * 4 + 4 * 6) + (9 * 6 + 6 * 6) + 6 * 5
-    norms = 2 * (4 + 4 + (4 + 6) + (6 + 6) + 5)
+    norms = 2 * (4 + 4 + 6 + 6 + 5)
     assert parameters(net) == convolutions + norms + 5 * 10 + 10
     images = torch.rand(2, 3, 32, 32)
     net.eval()
     c, r, _, s, t, p = net.blocks
     hidden = functional.relu(c.norm(c.conv(2 * images - 1)))
     hidden = functional.max_pool2d(functional.relu(hidden + r.norm(r.conv(hidden))), 2)
-    hidden = functional.relu(s.norm2(s.pointwise(s.norm1(s.depthwise(hidden)))))
-    hidden = hidden + functional.relu(t.norm2(t.pointwise(t.norm1(t.depthwise(hidden)))))
+    hidden = functional.relu(s.norm(s.pointwise(s.depthwise(hidden))))
+    hidden = hidden + functional.relu(t.norm(t.pointwise(t.depthwise(hidden))))
     wanted = net.fc(functional.relu(p.norm(p.conv(hidden))).mean((2, 3)))
     torch.testing.assert_close(net(images), wanted)
     again = LayoutNet("c4 r4 P s6 s6 p5", COLOUR, 0)
