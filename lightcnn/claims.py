@@ -70,8 +70,8 @@ COMPARISONS: tuple[Comparison, ...] = (
         "wide/accuracy",
     ),
     Comparison(
-        "Unfreezing from the top is better than the notebook's two phases",
-        "the notebook freezes the last layer instead of the others",
+        "Unfreezing from the top with both heads transferred is better than the notebook's two phases with one",
+        "the notebook freezes the last layer instead of the others, and forgets head b",
         "two_stage/accuracy",
         "notebook/accuracy",
     ),

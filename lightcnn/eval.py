@@ -179,7 +179,10 @@ def load_points(folder: Path, steps: Sequence[Step], problem: Problem) -> Points
     Raises:
         CheckpointError: they are missing, damaged, or not those of the configuration.
     """
-    tensors, _ = load_model(folder / "model" / "points")
+    tensors, description = load_model(folder / "model" / "points")
+    image = [problem.in_channels, problem.image_size, problem.image_size]
+    if (description.get("classes"), description.get("image")) != (list(problem.classes), image):
+        raise CheckpointError(f"{folder / 'model'}: was trained on another data set than the run's configuration names")
     points: Points = {}
     for step in steps:
         wanted = step.network.initial(0)

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 OURS = "two_stage"
 # Published accuracies by (parameters, accuracy in %, who), self-reported and mostly the best epoch on the test set.
 PUBLISHED: dict[str, tuple[tuple[int, float, str], ...]] = {
-    "mnist": ((14862, 99.0, "paper"), (1500, 99.2, "MLDS 2022 talk"), (8900, 99.5, "era-s7"),
-              (15578, 99.43, "MNIST_99.4")),
-    "fashion_mnist": ((14862, 89.0, "paper"), (113_000, 92.2, "2 conv, Zalando's list")),
-    "cifar10": ((19622, 65.0, "paper"), (45420, 80.0, "Restricted_CNN"), (72730, 83.1, "mummanajagadeesh"),
+    "mnist": ((14862, 99.0, "paper"), (575, 98.0, "neural golfing (>)"), (1500, 99.2, "MLDS 2022 talk"),
+              (7070, 99.4, "ERAv4S6 (>)"), (8900, 99.5, "era-s7"), (15578, 99.43, "MNIST_99.4")),
+    "fashion_mnist": ((14862, 89.0, "paper"), (100_000, 92.5, "2 conv, Zalando's list (<100k)"),
+                      (113_000, 92.2, "2 conv, Zalando's list")),
+    "cifar10": ((19622, 65.0, "paper"), (45420, 80.0, "Restricted_CNN (>)"), (72730, 83.1, "mummanajagadeesh"),
                 (97530, 94.6, "tiniest")),
 }  # fmt: skip
 
@@ -49,9 +50,12 @@ def draw_all(folders: Sequence[Path], out: Path) -> None:
 
 
 def training_curves(folder: Path, out: Path) -> None:
-    """Train and validation accuracy by epoch, mean of the seeds still training, each phase shaded and named."""
+    """Train and validation accuracy by epoch, one line a seed, each phase shaded and named.
+
+    Train accuracy is on the images as they are trained on: augmented for branch b, with dropout in stage 2.
+    """
     figure, (axis,) = new_figure(1, 1, (9, 4.5))
-    rows = read_metrics(folder, "epoch")
+    rows, results = read_metrics(folder, "epoch"), read_results(folder)
     phases = list(dict.fromkeys(row["phase"] for row in rows))
     first = 0
     for number, phase in enumerate(phases):
@@ -61,16 +65,20 @@ def training_curves(folder: Path, out: Path) -> None:
         for member in range(members):
             name = f"branch {'ab'[member]}" if members > 1 else "merged"
             for kind, style in (("train", "--"), ("validation", "-")):
-                values = [100 * np.mean([lane[kind][member] for lane in row["lanes"]]) for row in own]
-                colour = f"C{member}" if members > 1 else "C2"
-                label = f"{name}, {kind}" if number < 2 else None
-                axis.plot(epochs, values, style, color=colour, label=label, marker="." if len(own) == 1 else None)
+                of = {"branch b": ", augmented", "merged": ", with dropout"}.get(name, "") if kind == "train" else ""
+                label = f"{name}, {kind}{of}" if number < 2 else None
+                for seed in results["seeds"]:
+                    found = [[lane[kind][member] for lane in row["lanes"] if lane["seed"] == seed] for row in own]
+                    values = [100 * value[0] if value else np.nan for value in found]
+                    axis.plot(epochs, values, style, color=f"C{member}" if members > 1 else "C2", label=label, lw=0.8,
+                              alpha=0.8, marker="." if len(own) == 1 else None)  # fmt: skip
+                    label = None
         axis.axvspan(first + 0.5, first + len(own) + 0.5, color="0.92" if number % 2 else "0.98", zorder=0)
         label = f"{phase}\n" + "\n".join(own[0]["trains"])
         axis.text(first + len(own) / 2 + 0.5, 1.01, label, transform=axis.get_xaxis_transform(), ha="center",
                   va="bottom", fontsize=7)  # fmt: skip
         first += len(own)
-    axis.set(xlabel="epoch", ylabel="accuracy (%)")
+    axis.set(xlabel=f"epoch ({results['config']}, {len(results['seeds'])} seeds)", ylabel="accuracy (%)")
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     save(figure, out / "training_curves")
 
@@ -84,14 +92,19 @@ def size_and_accuracy(results: dict[Path, dict[str, Any]], out: Path) -> None:
         mean = float(np.mean(values))
         spread = [[mean - min(values)], [max(values) - mean]]
         ours = found["method"] == OURS
-        axis.errorbar([size], [mean], yerr=spread, fmt="*" if ours else "osD^v"[number // 10 % 5], ms=11 if ours else 4,
-                      color=f"C{number % 10}", label=found["method"])  # fmt: skip
+        beside = size * 1.02 ** (number % 5 - 2)  # many networks have the same size
+        axis.errorbar([beside], [mean], yerr=spread, color=f"C{number % 10}", label=found["method"],
+                      fmt="*" if ours else "osD^v"[number // 10 % 5], ms=11 if ours else 4)  # fmt: skip
         name = load(folder / "config.yaml", Config).data.name
     for size, accuracy, who in PUBLISHED.get(name, ()):
         axis.plot([size], [accuracy], "x", color="black")
         axis.annotate(who, (size, accuracy), fontsize=7, xytext=(4, 2), textcoords="offset points")
-    axis.set(xscale="log", xlabel="parameters", ylabel="test accuracy (%)",
-             title="accuracy against size (crosses: published, mostly the best epoch on the test set)")  # fmt: skip
+    axis.set(
+        xscale="log",
+        xlabel="parameters",
+        ylabel="test accuracy (%)",
+        title=f"{name}: mean and range over seeds (crosses: published, mostly the best epoch on the test set)",
+    )
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     save(figure, out / "size_and_accuracy")
 

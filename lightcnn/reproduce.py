@@ -127,7 +127,8 @@ def report(path: Path, jobs: "Sequence[Job]", statistics: bool, folder: Path, co
     shared_report.write_rows(folder / "results.csv", rows)
     text = (
         f"Accuracy in %, mean ± deviation over seeds, on {one['data']['test_images']} test images that were read once; "
-        f"epochs were chosen on {one['data']['validation_images']} validation images. {one['device']}, "
+        f"epochs were chosen on {one['data']['validation_images']} validation images. Rows of fewer seeds have the "
+        f"first ones; `epochs` were run, not kept. {one['device']}, "
         f"{one['precision']}, commit {one['commit'][:10]}, `{command}`.\n\n"
     )
     atomic_write(folder / "methods.md", (text + shared_report.markdown(table)).encode())

@@ -14,7 +14,7 @@ from lightcnn.model import MergedCNN, Submodel
 from lightcnn.problem import load_test
 from lightcnn.train import main, train
 from shared import data
-from shared.checkpoint import save_model
+from shared.checkpoint import load_model, save_model
 from shared.report import figures_of, rows_of
 from shared.run import Run, read_metrics, read_results
 
@@ -107,23 +107,28 @@ def test_eval_says_which_figure_the_model_does_not_give(finished, tmp_path, caps
     assert "seed 1: P2.accuracy: results.json has" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["bit", "missing", "other data set", "surplus", "other paper", "unfinished"])
+@pytest.mark.parametrize(
+    "damage", ["bit", "missing", "other network", "other data set", "surplus", "other paper", "unfinished"]
+)
 def test_eval_refuses_what_is_not_the_runs_model_in_one_line(finished, tmp_path, capsys, damage):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
     weights = folder / "model" / "points" / "model.safetensors"
     tensors, results = load_file(weights), json.loads((folder / "results.json").read_text())
+    description = load_model(weights.parent)[1]
     if damage == "bit":
         raw = bytearray(weights.read_bytes())
         raw[-5] ^= 1
         weights.write_bytes(raw)
     elif damage == "missing":
         weights.unlink()
-    elif damage == "other data set":  # the branches of CIFAR-10
+    elif damage == "other network":
         tensors["branch_a.conv1.weight"] = torch.zeros(2, 10, 3, 3, 3)
-        save_model(folder / "model" / "points", tensors, {})
+        save_model(folder / "model" / "points", tensors, description)
+    elif damage == "other data set":  # of the same shapes
+        save_model(folder / "model" / "points", tensors, {**description, "classes": [str(c) for c in range(10)]})
     elif damage == "surplus":
-        save_model(folder / "model" / "points", {**tensors, "P9.fc1.weight": torch.zeros(2)}, {})
+        save_model(folder / "model" / "points", {**tensors, "P9.fc1.weight": torch.zeros(2)}, description)
     elif damage == "other paper":
         (folder / "results.json").write_text(json.dumps({**results, "paper": "another"}))
     else:
@@ -132,7 +137,8 @@ def test_eval_refuses_what_is_not_the_runs_model_in_one_line(finished, tmp_path,
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
     assert printed.count("\n") == 1
-    wanted = {"bit": "damaged", "missing": "cannot be read", "other data set": "another network",
+    wanted = {"bit": "damaged", "missing": "cannot be read", "other network": "another network",
+              "other data set": "another data set",
               "surplus": "P9.fc1.weight", "other paper": "'another'", "unfinished": "not a finished run"}  # fmt: skip
     assert wanted[damage] in printed
 
