@@ -32,7 +32,7 @@ __all__ = [
     "zeros_to_prune",
 ]  # fmt: skip
 
-SETS = ("authors", "matrices", "blocks")
+SETS = ("authors", "matrices", "blocks", "mlp")
 
 
 def attention_penalty(attention: Tensor) -> Tensor:
@@ -65,6 +65,7 @@ def prunable(network: nn.Module, set_name: str) -> dict[str, nn.Parameter]:
 
     authors: patch embedding, in each block norm1, q, k, v, out, norm2, fc1, fc2, and the classifier: 98 for ViT-B.
     matrices: the same without the scales of the norms.  blocks: the six matrices of each block alone.
+    mlp: fc1 and fc2 of each block alone.
     """
     if set_name not in SETS:
         raise ConfigError(f"there is no prune set {set_name!r}; choose from {', '.join(SETS)}")
@@ -73,7 +74,11 @@ def prunable(network: nn.Module, set_name: str) -> dict[str, nn.Parameter]:
         in_block, is_weight = name.startswith("blocks."), name.endswith(".weight")
         matrix = is_weight and parameter.dim() > 1
         norm_of_block = in_block and is_weight and not matrix
-        if (matrix and (in_block or set_name != "blocks")) or (norm_of_block and set_name == "authors"):
+        if set_name == "mlp":
+            wanted = in_block and name.rpartition(".")[0].endswith((".fc1", ".fc2")) and is_weight
+        else:
+            wanted = (matrix and (in_block or set_name != "blocks")) or (norm_of_block and set_name == "authors")
+        if wanted:
             chosen[name] = parameter
     return chosen
 
