@@ -168,6 +168,8 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m sparsevit.reproduce", description=__doc__)
     parser.add_argument("--scale", default="auto", help="auto, smoke (seconds), mini (minutes on a CPU), paper (a GPU)")
     parser.add_argument("--config", help="one configuration instead of the scale's own")
+    parser.add_argument("--study", default="main", choices=("main", "choose"),
+                        help="main, or choose: the coefficients of our arms on held-out images, before it")  # fmt: skip
     parser.add_argument("--methods", nargs="+", metavar="ARM", help="some arms instead of the scale's own")
     parser.add_argument("--seeds", type=int, help="number of seeds instead of the scale's own")
     parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one a core)")
@@ -193,6 +195,8 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     if partial and asked.publish:
         raise ConfigError("--publish: a study of some arms or seeds is not published; leave --methods and --seeds out")
     plan = Plan(plan.configs, tuple(asked.methods or plan.methods), asked.seeds or plan.seeds, plan.statistics)
+    if asked.study == "choose":
+        return run_choice(asked, plan)
     failed = 0
     for name in [asked.config] if asked.config else plan.configs:
         started, path = time.monotonic(), find_config(name, "sparsevit")
@@ -206,6 +210,21 @@ def run_reproduce(arguments: Sequence[str]) -> int:
         if asked.publish:
             shutil.copytree(folder, REPOSITORY / "results" / "sparsevit" / path.stem, dirs_exist_ok=True)
     return 1 if failed else 0
+
+
+def run_choice(asked: argparse.Namespace, plan: Plan) -> int:
+    """The command with `--study choose`."""
+    from shared.run import command_line
+    from sparsevit.choose import choose
+
+    if asked.methods or asked.seeds:
+        raise ConfigError("--study choose: has arms and seeds of its own; leave --methods and --seeds out")
+    name = asked.config or plan.configs[0]
+    path, what = find_config(name, "sparsevit"), ["--config", name, "--study", "choose"]
+    folder = choose(path, shown(path), asked.out, asked.workers, command_line("sparsevit.reproduce", what))
+    if asked.publish:
+        shutil.copytree(folder, REPOSITORY / "results" / "sparsevit" / f"{path.stem}_choice", dirs_exist_ok=True)
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
