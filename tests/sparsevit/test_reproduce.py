@@ -9,6 +9,7 @@ import yaml
 from shared.claims import Comparison, Fact, judge
 from shared.cli import find_config
 from shared.config import load
+from shared.study import Outcome
 from sparsevit.claims import MEANS, all_claims
 from sparsevit.config import METHODS, Config
 from sparsevit.eval import derived
@@ -160,6 +161,31 @@ def test_the_pictures_are_drawn(tiny_run, tmp_path):
     names = {path.stem for path in tmp_path.glob("*.png")}
     assert names == {"accuracy_by_ratio", "accuracy_by_latency", "attention_maps", "entropy_by_block", "neuron_scores"}
     assert {path.stem for path in tmp_path.glob("*.svg")} == names
+
+
+def test_a_report_begins_with_the_verdict_and_has_the_paired_table(tmp_path, tiny, monkeypatch, capsys):
+    from sparsevit import train
+
+    short = ("prune={set: authors, pruners: [global_l1, wanda], removals: [neurons], removal_ratios: [0.5, 0.75], "
+             "calibration_images: 20}",)  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny("paper", *short).model_dump(mode="json")))
+    monkeypatch.setattr("shared.study.run_jobs", lambda module, jobs, workers: {
+        job.name: Outcome(train.main(job.arguments), 0.0) for job in jobs
+    })  # fmt: skip
+    arguments = ["--config", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "runs"), "--scale", "mini"]
+    assert main([*arguments, "--methods", "none", "paper", "flip", "null", "--seeds", "3"]) == 0
+    folder = tmp_path / "runs" / "sparsevit" / "report-tiny-partial"
+    text = (folder / "report.md").read_text()
+    assert text.splitlines()[2] == (folder / "verdict.md").read_text().strip()
+    assert text.splitlines()[2].startswith("The paper's claim is ")
+    assert "the largest change by null, flip" in text.splitlines()[2]
+    assert "comparisons are judged" in text.splitlines()[4]
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert [title.split()[1] for title in titles] == ["Accuracy", "Accuracy", "Pruners,", "Latency", "The"]
+    rows = [line.split(" |")[0] for line in (folder / "paired.md").read_text().splitlines()[2:]]
+    assert rows == ["| paper - none", "| flip - none", "| null - none", "| paper - flip"]
+    printed = capsys.readouterr().out
+    assert printed.index("The paper's claim is") < printed.index("paired differences in points")
 
 
 def test_part_of_a_study_is_not_published_and_an_unknown_arm_is_refused(tmp_path, capsys):
