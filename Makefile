@@ -44,12 +44,13 @@ reproduce-mdcs: setup ## MDCS: arms x seeds, table, verdicts, plots (STUDY=main,
 reproduce-lightcnn: setup ## LightCNN: methods x seeds, table, verdicts, plots (STUDY=main, budget)
 	$(BIN)/python -m lightcnn.reproduce --scale $(SCALE) --study $(STUDY)
 
-reproduce-sparsevit: setup ## SparseViT: arms x seeds x pruners, table, verdicts, plots
-	$(BIN)/python -m sparsevit.reproduce --scale $(SCALE)
+reproduce-sparsevit: setup ## SparseViT: arms x seeds x pruners, table, verdicts, plots (STUDY=main, choose)
+	$(BIN)/python -m sparsevit.reproduce --scale $(SCALE) --study $(STUDY)
 
 bench: setup ## speed and memory, as ratios in one run
 	$(BIN)/python benchmarks/fedloge_round.py
 	$(BIN)/python benchmarks/mdcs_step.py
+	$(BIN)/python benchmarks/sparsevit_step.py
 
 tables: setup ## write the READMEs' tables anew from results/
 	$(BIN)/python results/tables.py

@@ -22,7 +22,7 @@ Method = Literal[
     "none", "paper", "null", "flip", "attn_l1", "paper_strong", "attn_sparse", "l1", "ffn_log", "ffn_l1", "group"
 ]
 METHODS: tuple[str, ...] = get_args(Method)
-Pruner = Literal["global_l1", "local_l1", "random", "wanda", "two_four"]
+Pruner = Literal["global_l1", "global_l1_blocks", "local_l1", "random", "wanda", "two_four"]
 Removal = Literal["neurons", "heads", "neurons_heads"]
 
 
@@ -146,7 +146,8 @@ class PruneConfig(Section):
     """What is pruned after training, each time from the dense weights."""
 
     set: Literal["authors", "matrices", "blocks"] = Field(
-        "matrices", description="ranked tensors (Wanda and 2:4: always blocks)"
+        "matrices",
+        description="tensors that global_l1 and random rank (global_l1_blocks, local_l1 and wanda: always blocks)",
     )
     pruners: tuple[Pruner, ...] = ("global_l1",)
     ratios: tuple[Ratio, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -16,11 +16,11 @@ from shared import report
 from shared.checkpoint import load_model
 from shared.cli import check_shared, run_main
 from shared.config import load
-from shared.errors import CheckpointError, RunError
+from shared.errors import CheckpointError, ConfigError, RunError
 from shared.gpu import describe, setup
 from shared.run import read_results
 from sparsevit.config import Config
-from sparsevit.measure import accuracies, calibrate, observations, percent, ratio_figures, sizes
+from sparsevit.measure import accuracies, observations, percent, ratio_figures, sizes
 from sparsevit.method import prunable
 from sparsevit.model import Vit
 from sparsevit.problem import Problem, load_problem
@@ -30,11 +30,11 @@ from sparsevit.shrink import load_network
 HISTOGRAM = (-4.0, 1.5, 55)  # of log10(score / mean score of the block): from, to, bins
 
 
-def described(config: Config, network: Vit, problem: Problem) -> tuple[dict[str, float], dict[str, Any]]:
-    """What attention and neurons of a network do on real images: figures, and details block by block."""
-    found = observations(network, problem.test, config.eval_batch_size)
-    calibration = calibrate(network, problem.train, config.prune.calibration_images, config.eval_batch_size)
-    scores = torch.cat([s / s.mean().clamp(min=1e-12) for s in calibration.neuron_scores(network)]).cpu()
+def described(sweep: Sweep) -> tuple[dict[str, float], dict[str, Any]]:
+    """What attention and neurons of the dense network do on real images: figures, and details block by block."""
+    network = sweep.network
+    found = observations(network, sweep.problem.test, sweep.config.eval_batch_size)
+    scores = torch.cat([s / s.mean().clamp(min=1e-12) for s in sweep.calibration.neuron_scores(network)]).cpu()
     low, high, bins = HISTOGRAM
     logs = scores.clamp(min=10**low).log10().clamp(max=high)
     figures = {
@@ -93,7 +93,7 @@ def recompute(config: Config, folder: Path, problem: Problem) -> tuple[dict[str,
                 saved[n].shape == t.shape and torch.allclose(saved[n], t.cpu(), atol=1e-6) for n, t in ours.items()
             )
             wrong += [] if same else [f"pruned/{name}: is not what pruning the saved model gives"]
-    figures |= derived(figures, config) | described(config, network, problem)[0] | constants(config, network, folder)
+    figures |= derived(figures, config) | described(sweep)[0] | constants(config, network, folder)
     if problem.val is not None:
         figures["val.accuracy"] = accuracies([network], problem.val, config.eval_batch_size, config.precision)[0]
     return figures, wrong
@@ -118,6 +118,8 @@ def run_eval(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64], help="batch sizes to time (1 64)")
     asked = parser.parse_args(arguments)
     check_shared(__file__)
+    if min(asked.batch) < 1:
+        raise ConfigError(f"--batch {' '.join(map(str, asked.batch))}: each must be at least 1")
     results = read_results(asked.run)
     if results.get("paper") != "sparsevit":
         raise RunError(f"{asked.run}: is a run of {results.get('paper')!r}, not of sparsevit")

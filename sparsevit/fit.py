@@ -54,7 +54,8 @@ class Fit:
         parameters = dict(network.named_parameters())
         self.masks = [(parameters[name], mask) for name, mask in (masks or {}).items()]
         self.step, self.order_digest = 0, ""
-        self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # of the epoch: cross-entropy and term
+        # of the epoch, over its images: cross-entropy and term
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._meter, self._metered_from = LossMeter(self.device), 0
 
     def steps(self) -> Iterator[int]:
@@ -84,8 +85,8 @@ class Fit:
         self._metered_from = self.step
 
     def epoch_means(self) -> dict[str, float]:
-        """Mean cross-entropy and term of the epoch that ended; starts the next one's sums."""
-        ce, term = (self.sums / self.steps_per_epoch).tolist()
+        """Mean over images of cross-entropy and term in the epoch that ended; starts the next one's sums."""
+        ce, term = (self.sums / len(self.source)).tolist()
         self.sums.zero_()
         return {"cross_entropy": ce, "term": term}
 
@@ -122,10 +123,11 @@ class Fit:
     def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The epoch's batches from number `first` on."""
         order = self.order(epoch)
-        if first == 0:
-            digest = hashlib.sha256(self.order_digest.encode() + order.numpy().tobytes())
-            self.order_digest = digest.hexdigest()
         batches = split_batches(order.to(self.device), self.plan.batch_size, min_last=1)
+        if first == 0:
+            boundaries = torch.tensor([len(batch) for batch in batches]).numpy().tobytes()
+            digest = hashlib.sha256(self.order_digest.encode() + order.numpy().tobytes() + boundaries)
+            self.order_digest = digest.hexdigest()
         for start in range(first - first % CHUNK, len(batches), CHUNK):
             draws = stream(self.plan.seed, *self.plan.names, "augment", epoch, start, device=self.device)
             for number, batch in enumerate(self.source.prefetch(batches[start : start + CHUNK], draws), start):
@@ -152,7 +154,7 @@ class Fit:
             torch.nn.utils.clip_grad_norm_(network.parameters(), plan.recipe.clip)
         self.optimizer.step()
         self._keep_zeros()
-        self.sums += torch.stack([cross_entropy.detach(), (loss - cross_entropy).detach()]).double()
+        self.sums += len(labels) * torch.stack([cross_entropy.detach(), (loss - cross_entropy).detach()]).double()
         self.step += 1
         if self.device.type == "cpu" or self.step % CHECK_EVERY == 0 or self.epoch_ended:
             self.check()

@@ -8,6 +8,7 @@ in a process of its own and times them.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -21,7 +22,7 @@ from torch import Tensor
 from shared import report
 from shared.checkpoint import write_json
 from shared.cli import check_shared, run_main
-from shared.errors import ConfigError, RunError
+from shared.errors import CheckpointError, ConfigError, RunError
 from shared.gpu import describe, setup
 from sparsevit.baselines import can_run_two_four, to_two_four
 from sparsevit.config import Config
@@ -197,10 +198,14 @@ def run_latency(arguments: Sequence[str]) -> int:
 
 
 def named(folder: Path) -> str:
-    """The name that a saved network was given."""
-    import json
-
-    return str(json.loads((folder / "config.json").read_bytes()).get("name", folder.name))
+    """The name that a saved network was given; CheckpointError if its config.json cannot be read."""
+    path = folder / "config.json"
+    try:
+        return str(dict(json.loads(path.read_bytes())).get("name", folder.name))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: is damaged: {error}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -101,7 +101,7 @@ def calibrate(network: Vit, source: Batches, count: int, batch_size: int) -> Cal
 
 @torch.no_grad()
 def observations(network: Vit, source: Batches, batch_size: int) -> dict[str, list[float]]:
-    """For each block, on the first test images: entropy and penalty of its attention, share of silent neurons."""
+    """For each block, on evenly spaced images: entropy and penalty of its attention, share of silent neurons."""
     count = min(OBSERVED_IMAGES, len(source))
     chosen = torch.arange(count) * len(source) // count
     mode = network.training

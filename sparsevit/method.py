@@ -2,9 +2,9 @@
 
 What the published regulariser is, in closed form. For a softmax map A with N keys a row sums to 1, and ln(1 + a^2) is
 convex on [0, 1]. So by Jensen the mean R(A) is smallest, ln(1 + 1/N^2), for *uniform* rows and largest, ln(2)/N, for
-one-hot rows: minimising it makes attention more uniform, not sparse. At N = 577 it lies in [3.0e-6, 1.2e-3], and
-0.01 R adds at most 1.2e-5 to the loss. ln(1 + x^2) is a sparse-coding prior only where x is not tied to a simplex, as
-the activations of an MLP are (`activation_penalty`).
+one-hot rows; and a small step down R in the logits makes every row more uniform, not sparse (`attention_penalty`). At
+N = 577 it lies in [3.0e-6, 1.2e-3], and 0.01 R adds at most about 1.2e-5 to the loss. ln(1 + x^2) is a sparse-coding
+prior only where x is not tied to a simplex, as the activations of an MLP are (`activation_penalty`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,11 +32,17 @@ __all__ = [
     "zeros_to_prune",
 ]  # fmt: skip
 
-SETS = ("authors", "matrices", "blocks")
+SETS = ("authors", "matrices", "blocks", "mlp")
 
 
 def attention_penalty(attention: Tensor) -> Tensor:
     """R(A) = mean over batch, heads, queries and keys of ln(1 + a^2)        (section 1.2, eq. of R)
+
+    Descending it raises the entropy, to first order. For a row a = softmax(z), g_j = 2 a_j / (1 + a_j^2) and means < >
+    under a, dR/dz_j ~ a_j (g_j - <g>) and dH/dz_j = -a_j (ln a_j - <ln a>), so a step of -eps dR/dz changes H by
+    eps sum_j a_j^2 (g_j - <g>) (ln a_j - <ln a>), up to a positive factor. g and ln both rise with a: under the weights
+    a^2 neither has a smaller mean than under a, and they are not negatively correlated (Chebyshev). So dH >= 0, and 0
+    for uniform rows only. What training does to the entropy through the weights is measured, not proven.
 
     Args:
         attention: [B, H, N, N], rows sum to 1, before any dropout.
@@ -65,6 +71,7 @@ def prunable(network: nn.Module, set_name: str) -> dict[str, nn.Parameter]:
 
     authors: patch embedding, in each block norm1, q, k, v, out, norm2, fc1, fc2, and the classifier: 98 for ViT-B.
     matrices: the same without the scales of the norms.  blocks: the six matrices of each block alone.
+    mlp: fc1 and fc2 of each block alone.
     """
     if set_name not in SETS:
         raise ConfigError(f"there is no prune set {set_name!r}; choose from {', '.join(SETS)}")
@@ -73,7 +80,11 @@ def prunable(network: nn.Module, set_name: str) -> dict[str, nn.Parameter]:
         in_block, is_weight = name.startswith("blocks."), name.endswith(".weight")
         matrix = is_weight and parameter.dim() > 1
         norm_of_block = in_block and is_weight and not matrix
-        if (matrix and (in_block or set_name != "blocks")) or (norm_of_block and set_name == "authors"):
+        if set_name == "mlp":
+            wanted = in_block and name.rpartition(".")[0].endswith((".fc1", ".fc2")) and is_weight
+        else:
+            wanted = (matrix and (in_block or set_name != "blocks")) or (norm_of_block and set_name == "authors")
+        if wanted:
             chosen[name] = parameter
     return chosen
 

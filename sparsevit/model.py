@@ -130,7 +130,8 @@ class Attention(nn.Module):
         )
         scale = self.head_dim**-0.5
         if explicit and seen is not None:
-            attention = torch.softmax((q * scale) @ k.transpose(-2, -1), dim=-1)
+            scores = (q * scale) @ k.transpose(-2, -1)
+            attention = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
             mixed = attention.to(v.dtype) @ v
             seen["attention"] = attention
         else:

@@ -1,7 +1,7 @@
 """The images of a configuration: training, held-out and test set where batches are made of them."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from shared.errors import ConfigError, DataError
 from shared.gpu import stream
 from sparsevit.config import DataConfig
 from sparsevit.imagenet100 import CLASSES
-from sparsevit.model import Size
 
 FILE_IMAGE_SIZE = 224  # pixels, where the configuration of image files does not say
 BASE_MIN_AREA = 0.08  # what `shared.batches.Files` crops to at least
@@ -182,8 +181,3 @@ def make_source(image_set: ImageSet | FileSet, config: DataConfig, device: torch
     size = config.image_size or image_set.images.shape[-1]
     images, labels = image_set.images.to(device), image_set.labels.to(device)
     return Resized(images, labels, config.mean, config.std, augment, size)
-
-
-def fit_size(size: Size, problem: Problem) -> Size:
-    """The network's size for these images and classes."""
-    return replace(size, image=problem.image, channels=problem.channels, classes=len(problem.classes))

@@ -16,6 +16,9 @@ from sparsevit.problem import Problem
 from sparsevit.shrink import remove_heads, remove_neurons
 
 REMOVALS = ("neurons", "heads", "neurons_heads")
+# Wanda knows the matrices of blocks only, and what it is compared with ranks the same ones; the kernels that make 2:4
+# worth having take fc1 and fc2 only (section 4.5), and the accuracy must be of the network that is timed.
+OWN_SETS = {"global_l1_blocks": "blocks", "local_l1": "blocks", "wanda": "blocks", "two_four": "mlp"}
 Masks = dict[str, Tensor]
 
 
@@ -81,15 +84,15 @@ class Sweep:
         return accuracies(networks, self.problem.test, config.eval_batch_size, config.precision, self.check)
 
     def set_of(self, pruner: str) -> str:
-        """The tensors that a pruner ranks: Wanda and 2:4 know the matrices of blocks only."""
-        return "blocks" if pruner in ("wanda", "two_four") else self.config.prune.set
+        """The tensors that a pruner ranks."""
+        return OWN_SETS.get(pruner, self.config.prune.set)
 
     def masks(self, pruner: str, ratio: float) -> Masks:
         """Which weights stay (True); none for what removes neurons or heads."""
         if pruner in REMOVALS:
             return {}
         tensors: Masks = dict(prunable(self.network, self.set_of(pruner)))
-        if pruner == "global_l1":
+        if pruner in ("global_l1", "global_l1_blocks"):
             return global_magnitude_masks(tensors, ratio)
         if pruner == "local_l1":
             return local_magnitude_masks(tensors, ratio)

@@ -13,7 +13,6 @@ from shared.cli import REPOSITORY, check_shared, find_config, run_main
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
-    from shared.report import Row
     from shared.study import Job
     from sparsevit.config import Config
     from sparsevit.latency import Timing
@@ -29,20 +28,15 @@ class Plan:
     statistics: bool
 
 
-ARMS = ("none", "paper", "null", "attn_l1", "paper_strong", "attn_sparse", "l1", "ffn_log", "group")
+ARMS = ("none", "paper", "null", "flip", "attn_l1", "paper_strong", "attn_sparse", "l1", "ffn_log", "group")
+# The coefficients of the other arms were chosen for `mini`; elsewhere they would be no fair opponents.
+ARMS_ELSEWHERE = ("none", "paper", "null", "flip", "attn_l1", "paper_strong")
 PLANS = {
-    "smoke": Plan(("smoke",), (*ARMS, "flip", "ffn_l1"), 1, statistics=False),
+    "smoke": Plan(("smoke",), (*ARMS, "ffn_l1"), 1, statistics=False),
     "mini": Plan(("mini",), ARMS, 5, statistics=True),
-    "paper": Plan(tuple(f"{d}_authors" for d in ("cifar10", "cifar100", "imagenet100")), ("none", "paper", "null"), 5,
-                  statistics=True),
+    "paper": Plan(tuple(f"{d}_authors" for d in ("cifar10", "cifar100", "imagenet100")),
+                  ("none", "paper", "null", "flip"), 5, statistics=True),
 }  # fmt: skip
-COLUMNS = {
-    "dense": "dense.accuracy", "30 %": "global_l1.30.accuracy", "50 %": "global_l1.50.accuracy",
-    "70 %": "global_l1.70.accuracy", "80 %": "global_l1.80.accuracy", "90 %": "global_l1.90.accuracy",
-    "50 % neurons": "neurons.50.accuracy", "75 % neurons": "neurons.75.accuracy", "trained on": "neurons.75.recovered",
-    "75 % neurons, heads": "neurons_heads.75.accuracy", "silent": "neurons.silent",
-}  # fmt: skip
-TIMED_BATCHES = (1, 64)
 
 
 def jobs_of(config_path: Path, methods: Sequence[str], seeds: int, out: Path) -> "list[Job]":
@@ -72,6 +66,7 @@ def time_runs(jobs: "Sequence[Job]", config: "Config") -> "dict[str, list[Timing
     """Latency of the dense, masked and smaller networks of one run without a penalty, with nothing beside it."""
     from shared.gpu import setup
     from sparsevit.latency import time_networks, variants_of_run
+    from sparsevit.study import TIMED_BATCHES
 
     device = setup(config.device, config.threads)
     chosen = [job for job in jobs if job.group == "none" and config.prune.removals][:1]
@@ -79,57 +74,21 @@ def time_runs(jobs: "Sequence[Job]", config: "Config") -> "dict[str, list[Timing
             for job in chosen}  # fmt: skip
 
 
-def study_figures(
-    rows: "Sequence[Row]", results: Mapping[str, Any], timings: "Mapping[str, Sequence[Timing]]"
-) -> dict[tuple[str, int], float]:
-    """Figures of the study itself, by name and seed: paired effects, protocol, counts, bounds, speed."""
-    from shared.report import figures_of
-    from sparsevit.claims import paired_figures
-    from sparsevit.model import arch_size, count_parameters, count_prunable
-
-    found = {(name, s): v for name, per_seed in paired_figures(figures_of(rows, "final")).items()
-             for s, v in per_seed.items()}  # fmt: skip
-    digests: dict[int, set[str]] = {}
-    misses = [0.0]
-    for result in results.values():
-        digests.setdefault(result["seed"], set()).add(result["order_digest"])
-        values = {row["metric"]: row["value"] for row in result["figures"]}
-        n = int(values["dense.prunable"])
-        for name, value in values.items():
-            if name.startswith("global_l1.") and name.endswith(".nonzero"):
-                ratio = float(name.removeprefix("global_l1.").removesuffix(".nonzero")) / 100
-                misses.append(abs(values["dense.nonzero"] - value - round(ratio * n)))
-    size = arch_size("vit_b16", 384, 3, 10)
-    once = {
-        "batches.same": float(all(len(seen) == 1 for seen in digests.values())), "zeros.miss": max(misses),
-        "vit_b16.parameters": float(count_parameters(size)), "vit_b16.prunable": float(count_prunable(size)),
-        "bound.term_384": largest_term(size.tokens),
-    }  # fmt: skip
-    names = {"50 % zeros, masked": "masked", "50 % neurons removed": "neurons", "50 % heads removed": "heads",
-             "50 % neurons and heads removed": "neurons_heads"}  # fmt: skip
-    for timed in timings.values():
-        once |= {
-            f"speed.{names[t.name]}": t.speedup for t in timed if t.batch == max(TIMED_BATCHES) and t.name in names
-        }
-    return found | {(name, 0): value for name, value in once.items()}
-
-
-def largest_term(tokens: int) -> float:
-    """0.01 R of the map with the largest penalty, one-hot rows, computed by the code that trains with it."""
-    import torch
-
-    from sparsevit.method import attention_penalty
-
-    return 0.01 * float(attention_penalty(torch.eye(tokens)[None, None]))
+TITLES = {
+    "paired": "accuracy after pruning, paired differences in points [95 %]",
+    "methods": "accuracy in % (mean ± deviation over seeds)", "pruners": "pruners, arm none, accuracy in %",
+    "latency": "latency", "claims": "the paper's claims, and others",
+}  # fmt: skip
 
 
 def report(config_path: Path, plan: Plan, jobs: "Sequence[Job]", folder: Path, command: str) -> None:
-    """Write rows, tables, verdicts and plots of the finished runs of one configuration, and print the tables."""
+    """Write rows, verdict, tables and plots of the finished runs of one configuration, and print the tables."""
     from shared import report as shared_report
     from shared.checkpoint import atomic_write, write_json
     from shared.claims import judge
     from shared.config import load
     from shared.run import read_results
+    from sparsevit import study
     from sparsevit.claims import all_claims
     from sparsevit.config import Config
     from sparsevit.latency import table as latency_table
@@ -142,54 +101,50 @@ def report(config_path: Path, plan: Plan, jobs: "Sequence[Job]", folder: Path, c
     one, timings = next(iter(results.values())), time_runs(done, config)
     rows = [row for result in results.values() for row in shared_report.rows_of(result)]
     common = {key: one[key] for key in ("device", "precision", "commit")}
+    found = study.study_figures(rows, results, timings if plan.statistics else {}, config_path.stem)
     rows += [
         shared_report.Row(paper="sparsevit", config=config_path.stem, method="study", seed=seed, at="final", split="-",
                           metric=name, value=value, seconds=0.0, command=command, **common)
-        for (name, seed), value in study_figures(rows, results, timings if plan.statistics else {}).items()
+        for (name, seed), value in found.items()
     ]  # fmt: skip
     figures = shared_report.figures_of(rows, "final")
-    tokens = tokens_of(done[0].folder)
-    judgements = [judge(claim, figures, plan.statistics) for claim in all_claims(config_path.stem, tokens)]
+    judgements = [judge(c, figures, plan.statistics) for c in all_claims(config_path.stem, tokens_of(done[0].folder))]
     judgements.sort(key=lambda item: item.verdict == "not run at this scale")
-    tables = {"methods": shared_report.method_table(figures, plan.methods, COLUMNS),
-              "pruners": pruner_table(figures, config), "claims": shared_report.claim_table(judgements)}  # fmt: skip
+    tables = {
+        "methods": shared_report.method_table(figures, plan.methods, study.COLUMNS),
+        "pruners": study.pruner_table(figures, config), "claims": shared_report.claim_table(judgements),
+    }  # fmt: skip
+    if plan.statistics:
+        tables["paired"] = study.paired_table(figures, plan.methods)
     for name, timed in timings.items():
         tables["latency"] = latency_table(timed)
         write_json(
             folder / "latency.json", {"run": name, "device": one["device"], "timings": [asdict(t) for t in timed]}
         )
     shared_report.write_rows(folder / "results.csv", rows)
-    text = (
-        f"Accuracy in %, mean ± deviation over seeds, on {one['data']['test_images']:,} test images; columns in % are "
-        f"`global_l1`, one shot, nothing trained after it. {one['device']}, {one['precision']}, commit "
-        f"{one['commit'][:10]}, `{command}`.\n\n"
-    )
-    for name, table in tables.items():
-        atomic_write(
-            folder / f"{name}.md", ((text if name == "methods" else "") + shared_report.markdown(table)).encode()
-        )
     summary = shared_report.summary_table(f"SparseViT, `{config_path.stem}`", judgements)
-    atomic_write(folder / "summary.md", shared_report.markdown(summary).encode())
+    texts = {"verdict": study.verdict(figures, plan.statistics) + "\n", "summary": shared_report.markdown(summary),
+             "cautions": study.cautions(figures, judgements) + "\n"}  # fmt: skip
+    texts |= {name: shared_report.markdown(table) for name, table in tables.items()}
+    texts["methods"] = f"{about(one, command)}\n\n{texts['methods']}"
+    parts = [f"# SparseViT, {config_path.stem}\n\n{texts['verdict']}\n{texts['cautions']}"]
+    parts += [f"## {TITLES[name][0].upper()}{TITLES[name][1:]}\n\n{texts[name]}" for name in TITLES if name in tables]
+    for name, text in (texts | {"report": "\n".join(parts)}).items():
+        atomic_write(folder / f"{name}.md", text.encode())
     draw([job.folder for job in done], folder / "plots", timings)
-    titles = {"methods": "accuracy in % (mean ± deviation over seeds)", "pruners": "pruners, arm none, accuracy in %",
-              "latency": "latency", "claims": "the paper's claims, and others"}  # fmt: skip
-    for name in (n for n in titles if n in tables):
-        shared_report.show(f"{config_path.stem}: {titles[name]}", tables[name])
+    print(f"\n{texts['verdict']}\n{texts['cautions']}")
+    for name in (n for n in TITLES if n in tables):
+        shared_report.show(f"{config_path.stem}: {TITLES[name]}", tables[name])
     print(f"{len(done)} of {len(jobs)} runs; report in {folder}")
 
 
-def pruner_table(figures: Mapping[str, Mapping[int, float]], config: "Config") -> list[list[str]]:
-    """Head and one row a pruner: accuracy of the arm without a penalty at every ratio."""
-    from shared.claims import show_mean
-    from sparsevit.measure import percent
-
-    ratios = sorted({*config.prune.ratios, *config.prune.removal_ratios})
-    table = [["pruner", *(f"{percent(r)} %" for r in ratios)]]
-    for pruner in (*config.prune.pruners, *config.prune.removals):
-        found = [list(figures.get(f"none/{pruner}.{percent(r)}.accuracy", {}).values()) for r in ratios]
-        if any(found):
-            table.append([pruner, *(show_mean(values) if values else "-" for values in found)])
-    return table
+def about(result: Mapping[str, Any], command: str) -> str:
+    """What the table of accuracies is of."""
+    return (
+        f"Accuracy in %, mean ± deviation over seeds, on {result['data']['test_images']:,} test images; columns in % "
+        f"are `global_l1`, one shot, nothing trained after it. {result['device']}, {result['precision']}, commit "
+        f"{result['commit'][:10]}, `{command}`."
+    )
 
 
 def tokens_of(folder: Path) -> int:
@@ -199,11 +154,22 @@ def tokens_of(folder: Path) -> int:
     return load_network(folder / "model").size.tokens
 
 
+def plan_elsewhere(config_name: str) -> Plan:
+    """The plan of a configuration that is no scale's own: arms that need no choice, and its own."""
+    from shared.config import load
+    from sparsevit.config import Config
+
+    path = find_config(config_name, "sparsevit")
+    return Plan((path.stem,), tuple(dict.fromkeys((*ARMS_ELSEWHERE, load(path, Config).method))), 5, statistics=True)
+
+
 def run_reproduce(arguments: Sequence[str]) -> int:
     """The command: 0 when all runs ended well, whatever the verdicts; 1 when a run failed."""
     parser = argparse.ArgumentParser(prog="python -m sparsevit.reproduce", description=__doc__)
     parser.add_argument("--scale", default="auto", help="auto, smoke (seconds), mini (minutes on a CPU), paper (a GPU)")
     parser.add_argument("--config", help="one configuration instead of the scale's own")
+    parser.add_argument("--study", default="main", choices=("main", "choose"),
+                        help="main, or choose: the coefficients of our arms on held-out images, before it")  # fmt: skip
     parser.add_argument("--methods", nargs="+", metavar="ARM", help="some arms instead of the scale's own")
     parser.add_argument("--seeds", type=int, help="number of seeds instead of the scale's own")
     parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one a core)")
@@ -220,7 +186,7 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     plan = PLANS[scale]
     if asked.config:  # a configuration keeps the plan of the scale that it belongs to
         stem = find_config(asked.config, "sparsevit").stem
-        plan = next((p for p in PLANS.values() if stem in p.configs), Plan((stem,), ARMS, 5, statistics=True))
+        plan = next((p for p in PLANS.values() if stem in p.configs), plan_elsewhere(asked.config))
     if strangers := [name for name in asked.methods or () if name not in METHODS]:
         raise ConfigError(f"--methods {strangers[0]}: unknown; choose from {', '.join(METHODS)}")
     if asked.seeds is not None and asked.seeds < 1:
@@ -229,6 +195,8 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     if partial and asked.publish:
         raise ConfigError("--publish: a study of some arms or seeds is not published; leave --methods and --seeds out")
     plan = Plan(plan.configs, tuple(asked.methods or plan.methods), asked.seeds or plan.seeds, plan.statistics)
+    if asked.study == "choose":
+        return run_choice(asked, plan)
     failed = 0
     for name in [asked.config] if asked.config else plan.configs:
         started, path = time.monotonic(), find_config(name, "sparsevit")
@@ -242,6 +210,21 @@ def run_reproduce(arguments: Sequence[str]) -> int:
         if asked.publish:
             shutil.copytree(folder, REPOSITORY / "results" / "sparsevit" / path.stem, dirs_exist_ok=True)
     return 1 if failed else 0
+
+
+def run_choice(asked: argparse.Namespace, plan: Plan) -> int:
+    """The command with `--study choose`."""
+    from shared.run import command_line
+    from sparsevit.choose import choose
+
+    if asked.methods or asked.seeds:
+        raise ConfigError("--study choose: has arms and seeds of its own; leave --methods and --seeds out")
+    name = asked.config or plan.configs[0]
+    path, what = find_config(name, "sparsevit"), ["--config", name, "--study", "choose"]
+    folder = choose(path, shown(path), asked.out, asked.workers, command_line("sparsevit.reproduce", what))
+    if asked.publish:
+        shutil.copytree(folder, REPOSITORY / "results" / "sparsevit" / f"{path.stem}_choice", dirs_exist_ok=True)
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

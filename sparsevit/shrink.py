@@ -5,9 +5,7 @@ average is folded into the bias that follows them; without means they are taken 
 """
 
 import copy
-import hashlib
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -96,11 +94,6 @@ def load_network(folder: Path) -> Vit:
         raise CheckpointError(f"{folder / 'model.safetensors'}: {wrong[0]} is not as config.json describes it")
     network.load_state_dict(tensors, assign=True)
     return network.eval()
-
-
-def size_digest(network: Vit) -> str:
-    """A short name of a network's sizes."""
-    return hashlib.sha256(json.dumps(network.size.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _kept(keep: Keep, totals: Sequence[int], what: str) -> list[Tensor | None]:

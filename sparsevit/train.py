@@ -15,16 +15,15 @@ if TYPE_CHECKING:
     from shared.run import Run
     from sparsevit.config import Config
     from sparsevit.fit import Fit
-    from sparsevit.model import Vit
     from sparsevit.problem import Problem
-    from sparsevit.prune import Group
+    from sparsevit.prune import Group, Sweep
 
 
 def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[str, Any]:
     """Fine-tune, then sweep; an interrupted run goes on exactly where it stopped, between any two steps."""
     from shared.gpu import setup
     from sparsevit.problem import load_problem
-    from sparsevit.prune import groups_of
+    from sparsevit.prune import Sweep, groups_of
     from sparsevit.start import reported, save_or_stop
 
     device = setup(config.device, config.threads)
@@ -34,34 +33,34 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
 
     with reported(run, fit):
         for _ in run.steps(fit.steps(), total, "step", fit.step):
+            if fit.step == 1:
+                ce, term = fit.sums.tolist()
+                run.log("first_step", term_share=term / ce)  # how much the arm's term is beside the cross-entropy
             if fit.epoch_ended:
                 end_epoch(config, run, problem, fit, state)
             save_or_stop(run, fit, {**state, "fit": fit.snapshot()})
 
     if config.select == "best":
         fit.network.load_state_dict(state["best"]["network"])
-    finished = fit.snapshot()
+    finished, prunings = fit.snapshot(), Sweep(config, fit.network, problem, run.check)
     try:
-        for _ in run.steps(sweep(config, run, problem, fit.network, state), total, "step", fit.total + state["groups"]):
+        for _ in run.steps(sweep(run, prunings, state), total, "step", fit.total + state["groups"]):
             run.save({**state, "fit": finished})
     except InterruptedRunError:
         run.save({**state, "fit": finished}, force=True)
         raise
-    return finish(config, run, problem, fit, state["figures"])
+    return finish(run, fit, prunings, state["figures"])
 
 
-def sweep(
-    config: "Config", run: "Run[Config]", problem: "Problem", network: "Vit", state: dict[str, Any]
-) -> "Iterator[Group]":
+def sweep(run: "Run[Config]", prunings: "Sweep", state: dict[str, Any]) -> "Iterator[Group]":
     """Prune in every way that the configuration names; `state` takes the figures of each group when it is done."""
-    from sparsevit.prune import Sweep, groups_of
+    from sparsevit.prune import groups_of
     from sparsevit.shrink import save_network
 
-    sweep = Sweep(config, network, problem, run.check)
     if not state["figures"]:
-        state["figures"] = {"dense.accuracy": sweep.accuracy([network])[0]}
-    for group in groups_of(config)[state["groups"] :]:
-        figures, networks = sweep.run(group)
+        state["figures"] = {"dense.accuracy": prunings.accuracy([prunings.network])[0]}
+    for group in groups_of(prunings.config)[state["groups"] :]:
+        figures, networks = prunings.run(group)
         for name, smaller in networks.items():
             save_network(run.folder / "pruned" / name, smaller, name=name)
         state["figures"] = state["figures"] | figures
@@ -107,9 +106,7 @@ def end_epoch(config: "Config", run: "Run[Config]", problem: "Problem", fit: "Fi
     run.log("epoch", epoch=fit.step // fit.steps_per_epoch, **values)
 
 
-def finish(
-    config: "Config", run: "Run[Config]", problem: "Problem", fit: "Fit", figures: dict[str, float]
-) -> dict[str, Any]:
+def finish(run: "Run[Config]", fit: "Fit", prunings: "Sweep", figures: dict[str, float]) -> dict[str, Any]:
     """Save the dense network, and write the results with what follows from the sweep."""
     from shared.gpu import resolve_precision
     from shared.run import read_metrics, state_digest
@@ -117,10 +114,11 @@ def finish(
     from sparsevit.measure import accuracies
     from sparsevit.shrink import save_network
 
-    network, device = fit.network, problem.test.labels.device
+    config, network, problem = prunings.config, prunings.network, prunings.problem
+    device = problem.test.labels.device
     save_network(run.folder / "model", network, method=config.method, classes=list(problem.classes),
                  config=config.model_dump(mode="json"))  # fmt: skip
-    final, details = described(config, network, problem)
+    final, details = described(prunings)
     final |= figures | derived(figures, config)
     once = constants(config, network, run.folder)
     if problem.val is not None:
@@ -175,7 +173,9 @@ def dry_run(config: "Config") -> None:
     problem = load_problem(config.data, device)
     network = empty_network(config, problem, device)
     if config.weights:
-        print("#", load_weights(data_root() / config.weights.path, network, config.weights.pos_resize))
+        print(
+            "#", load_weights(data_root() / Path(config.weights.path).expanduser(), network, config.weights.pos_resize)
+        )
     plan = Plan(("fine-tune",), config.epochs, config.batch_size, config.recipe, config.seed, config.precision)
     fit = Fit(network, problem.train, plan)
     found, ranked = sizes(network, config.prune.set), prunable(network, config.prune.set)

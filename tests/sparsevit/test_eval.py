@@ -18,7 +18,7 @@ from sparsevit.latency import time_networks, variants_of
 from sparsevit.measure import accuracies, calibrate, masked, observations, ratio_figures, sizes
 from sparsevit.method import attention_entropy, attention_penalty, global_magnitude_masks, neuron_scores, prunable
 from sparsevit.model import arch_size, build, count_macs, uniform_size
-from sparsevit.shrink import export_onnx, remove_heads, remove_neurons
+from sparsevit.shrink import export_onnx, remove_heads, remove_neurons, save_network
 
 CPU = torch.device("cpu")
 
@@ -196,6 +196,12 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(run_folder, tiny, capsy
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("batch", [["0"], ["8", "-1"]])
+def test_a_batch_of_no_image_is_refused_before_the_work(run_folder, capsys, batch):
+    assert evaluation.main([str(run_folder), "--latency", "--batch", *batch]) == 2
+    assert capsys.readouterr().err == f"error: --batch {' '.join(batch)}: each must be at least 1\n"
+
+
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +253,17 @@ def test_timing_what_cannot_be_timed_is_refused_in_one_line(tmp_path, arguments,
     assert latency.main([a.format(out=tmp_path / "out") for a in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '"x"', "3"])
+def test_a_damaged_description_of_a_saved_network_is_refused_in_one_line(tmp_path, lab, capsys, text):
+    save_network(tmp_path / "nets" / "0", lab.network(), name="dense")
+    (tmp_path / "nets" / "0" / "config.json").write_text(text)
+    assert latency.main([str(tmp_path / "nets")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "config.json: is damaged" in error
     assert error.count("\n") == 1
 
 

