@@ -26,7 +26,7 @@ from shared.cli import check_shared, run_main
 from shared.config import load
 from shared.errors import CheckpointError, RunError
 from shared.gpu import autocast, setup, stream
-from shared.run import read_results
+from shared.run import changed_figures, read_run
 
 CLIENTS_AT_ONCE = 16  # whose heads are put together at once; bounds the memory, whatever the number of clients
 
@@ -252,17 +252,6 @@ def load_server(folder: Path, config: Config, problem: Problem) -> Server:
     return server
 
 
-def compare(stated: Figures, found: Figures) -> list[str]:
-    """One line a figure that the saved model does not give again (a difference of over 1e-6)."""
-    wrong = [f"{name}: is not in results.json, the model gives {found[name]}" for name in found if name not in stated]
-    for name, value in stated.items():
-        again = found.get(name)
-        close = value is not None and again is not None and abs(value - again) <= 1e-6
-        if not close and value != again:
-            wrong.append(f"{name}: results.json has {value}, the model gives {again}")
-    return wrong
-
-
 def run_eval(arguments: Sequence[str]) -> int:
     """The command: 0 if every figure of the last round is what the run reported, 1 if not."""
     parser = argparse.ArgumentParser(prog="python -m fedloge.eval", description=__doc__)
@@ -270,9 +259,7 @@ def run_eval(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto")
     asked = parser.parse_args(arguments)
     check_shared(__file__)
-    results = read_results(asked.run)
-    if results.get("paper") != "fedloge":
-        raise RunError(f"{asked.run}: is a run of {results.get('paper')!r}, not of fedloge")
+    results = read_run(asked.run, "fedloge")
     config = load(asked.run / "config.yaml", Config)
     device = setup(asked.device if asked.device != "auto" else config.device, config.threads)
     problem = load_problem(config, device)
@@ -281,7 +268,7 @@ def run_eval(arguments: Sequence[str]) -> int:
     server = load_server(asked.run, config, problem)
     figures = evaluate(server, problem, config)[0] | geometry(server, problem, config)[0]
     stated = {row["metric"]: row["value"] for row in results["figures"] if row["at"] in ("final", "once")}
-    wrong = compare(stated, figures)
+    wrong = changed_figures(stated, figures)
     print(f"the models of the last round ({server.round}); accuracies are shares in [0, 1]")
     for name, value in figures.items():
         print(f"{name:32} {'-' if value is None else f'{value:.4f}'}")

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -11,11 +11,8 @@ from fedloge.config import Config, FedLoGeConfig
 from fedloge.method import sparse_etf
 from shared.config import load
 from shared.gpu import stream
+from shared.plots import new_figure, save, use_style
 from shared.run import read_metrics, read_results
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 OURS = "fedloge"
 Runs = dict[str, list[Path]]  # method -> run folders, one a seed
@@ -23,13 +20,7 @@ Runs = dict[str, list[Path]]  # method -> run folders, one a seed
 
 def draw(folders: Sequence[Path], out: Path) -> None:
     """Write all pictures that the finished runs allow, as PNG and SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({
-        "svg.hashsalt": "fedloge", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9,
-        "axes.grid": True, "grid.alpha": 0.25, "figure.constrained_layout.use": True,
-    })  # fmt: skip
+    use_style("fedloge")
     runs: Runs = {}
     for folder in folders:
         runs.setdefault(str(read_results(folder)["method"]), []).append(folder)
@@ -128,20 +119,3 @@ def masked_cosines(config: Config, folder: Path) -> "np.ndarray[Any, np.dtype[np
         frame = sparse_etf(width, classes, method.sparsity, method.norm, seed, steps=0).double().numpy()
     unit = frame / np.linalg.norm(frame, axis=1, keepdims=True)
     return np.asarray(unit @ unit.T, dtype=np.float64)
-
-
-def new_figure(rows: int, columns: int, size: tuple[float, float]) -> "tuple[Figure, list[Axes]]":
-    """A figure and its axes as a flat list."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
-    return figure, list(axes.flat)
-
-
-def save(figure: "Figure", path: Path) -> None:
-    """Write PNG and SVG, the same bytes for the same picture."""
-    from matplotlib import pyplot
-
-    figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    pyplot.close(figure)

@@ -1,16 +1,12 @@
 """The study: methods x seeds, a table, a verdict for each claim, plots. `python -m fedloge.reproduce --scale mini`."""
 
-import argparse
-import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.cli import REPOSITORY, check_shared, find_config, run_main
-from shared.errors import ConfigError
+from shared.cli import check_shared, check_study, find_config, publish, run_main, shown, study_parser
 
 if TYPE_CHECKING:
     from shared.report import Row
@@ -58,12 +54,6 @@ def jobs_of(config_path: Path, methods: Sequence[str], seeds: int, out: Path) ->
     return jobs
 
 
-def shown(path: Path) -> str:
-    """A path from the repository, so that the recorded command works for others."""
-    path = path.resolve()
-    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else str(path)
-
-
 def study_rows(config_name: str, results: dict[str, Any], command: str) -> "list[Row]":
     """Figures of the study itself: counts and sizes that no run is needed for."""
     from fedloge.model import build_backbone
@@ -96,10 +86,9 @@ def report(
     from shared.claims import judge
     from shared.config import load
     from shared.run import read_results
+    from shared.study import finished
 
-    done = [job for job in jobs if (job.folder / "results.json").exists()]
-    if not done:
-        raise ConfigError("no run of the study has finished; the lines above say why")
+    done = finished(jobs)
     results = {job.name: read_results(job.folder) for job in done}
     rows = [row for result in results.values() for row in shared_report.rows_of(result)]
     rows += study_rows(config_path.stem, next(iter(results.values())), command)
@@ -134,19 +123,11 @@ def report(
 
 def run_reproduce(arguments: Sequence[str]) -> int:
     """The command: 0 when all runs ended well, whatever the verdicts; 1 when a run failed."""
-    parser = argparse.ArgumentParser(prog="python -m fedloge.reproduce", description=__doc__)
-    parser.add_argument("--scale", default="auto", help="auto, smoke (seconds), mini (minutes on a CPU), paper (a GPU)")
-    parser.add_argument("--config", help="one configuration instead of the scale's own")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="some methods instead of all")
-    parser.add_argument("--seeds", type=int, help="number of seeds instead of the scale's own")
-    parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one a core)")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="runs and report go below it (runs)")
-    parser.add_argument("--publish", action="store_true", help="copy the report to results/fedloge/<config>")
-    asked = parser.parse_args(arguments)
+    asked = study_parser("fedloge", __doc__).parse_args(arguments)
     check_shared(__file__)
     from fedloge.algorithm import METHODS
     from shared.run import command_line
-    from shared.study import choose_scale, run_jobs
+    from shared.study import choose_scale, run_study
 
     scale, why = choose_scale(asked.scale)
     print(why, flush=True)
@@ -154,29 +135,17 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     if asked.config:  # a configuration keeps the plan of the scale that it belongs to
         stem = find_config(asked.config, "fedloge").stem
         plan = next((p for p in PLANS.values() if stem in p.configs), Plan((stem,), 3, statistics=True))
-    if strangers := [name for name in asked.methods or () if name not in METHODS]:
-        raise ConfigError(f"--methods {strangers[0]}: unknown; choose from {', '.join(METHODS)}")
-    if asked.seeds is not None and asked.seeds < 1:
-        raise ConfigError(f"--seeds {asked.seeds}: at least one seed is needed")
+    partial = check_study(asked, METHODS)
     methods = asked.methods or [name for name in METHODS if name not in plan.left_out]
-    partial = bool(asked.methods or asked.seeds)
-    if partial and asked.publish:
-        raise ConfigError(
-            "--publish: a study of some methods or seeds is not published; leave --methods and --seeds out"
-        )
     failed = 0
     for name in [asked.config] if asked.config else plan.configs:
-        started = time.monotonic()
         path = find_config(name, "fedloge")
         jobs = jobs_of(path, methods, asked.seeds or plan.seeds, asked.out)
-        there = sum((job.folder / "results.json").exists() for job in jobs)
-        print(f"{path.stem}: {len(jobs)} runs, {len(methods)} methods; {there} were finished before", flush=True)
-        failed += sum(outcome.code != 0 for outcome in run_jobs("fedloge.train", jobs, asked.workers).values())
+        failed += run_study("fedloge.train", path.stem, jobs, asked.workers)
         folder = asked.out / "fedloge" / f"report-{path.stem}{'-partial' if partial else ''}"
         report(path, methods, jobs, plan.statistics, folder, command_line("fedloge.reproduce", arguments))
-        print(f"{time.monotonic() - started:.0f} s for {path.stem}")
         if asked.publish:
-            shutil.copytree(folder, REPOSITORY / "results" / "fedloge" / path.stem, dirs_exist_ok=True)
+            publish(folder, "fedloge", path.stem)
     return 1 if failed else 0
 
 

@@ -5,7 +5,7 @@ The test set is read here and nowhere else, once, after all training.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from shared.config import load
 from shared.data import ImageSet
 from shared.errors import CheckpointError, RunError
 from shared.gpu import autocast, setup
-from shared.run import read_results
+from shared.run import changed_figures, read_run
 
 Figure = dict[str, Any]  # seed, at, split, metric, value: a row of the results
 
@@ -207,16 +207,9 @@ def once(values: dict[str, float], seeds: Sequence[int]) -> list[Figure]:
             for seed in seeds for metric, value in values.items()]  # fmt: skip
 
 
-def compare(stated: Sequence[Figure], found: Sequence[Figure]) -> list[str]:
-    """One line a figure that the saved model does not give again (a difference of over 1e-6)."""
-    again = {(row["seed"], row["at"], row["metric"]): row["value"] for row in found}
-    before = {(row["seed"], row["at"], row["metric"]): row["value"] for row in stated}
-    wrong = [f"seed {s}: {m}: is not in results.json" for s, at, m in again if (s, at, m) not in before]
-    for (seed, at, metric), value in before.items():
-        other = again.get((seed, at, metric))
-        if other is None or abs(other - value) > 1e-6:
-            wrong.append(f"seed {seed}: {metric}: results.json has {value}, the model gives {other}")
-    return wrong
+def by_name(figures: Iterable[Figure]) -> dict[str, float]:
+    """Seed and metric -> value."""
+    return {f"seed {row['seed']}: {row['metric']}": row["value"] for row in figures}
 
 
 def run_eval(arguments: Sequence[str]) -> int:
@@ -226,9 +219,7 @@ def run_eval(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto")
     asked = parser.parse_args(arguments)
     check_shared(__file__)
-    results = read_results(asked.run)
-    if results.get("paper") != "lightcnn":
-        raise RunError(f"{asked.run}: is a run of {results.get('paper')!r}, not of lightcnn")
+    results = read_run(asked.run, "lightcnn")
     config = load(asked.run / "config.yaml", Config)
     device = setup(asked.device if asked.device != "auto" else config.device, config.threads)
     problem, test = load_problem(config, device), load_test(config)
@@ -237,8 +228,8 @@ def run_eval(arguments: Sequence[str]) -> int:
     steps = plan(config, problem)
     points = load_points(asked.run, steps, problem)
     figures = evaluate(steps, points, problem, test, config)[0] + once(sizes(steps, points, problem), config.all_seeds)
-    stated = [row for row in results["figures"] if not row["metric"].startswith("epochs.")]
-    wrong = compare(stated, figures)
+    stated = by_name(row for row in results["figures"] if not row["metric"].startswith("epochs."))
+    wrong = changed_figures(stated, by_name(figures))
     for row in figures:
         print(f"seed {row['seed']}  {row['split']:10} {row['metric']:26} {row['value']:.4f}")
     print("\n".join(wrong) if wrong else f"all {len(stated)} figures are those of results.json")

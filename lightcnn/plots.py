@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +12,8 @@ from lightcnn.augment import augment, draw
 from lightcnn.config import Config
 from shared.config import load
 from shared.gpu import stream
+from shared.plots import new_figure, save, use_style
 from shared.run import read_metrics, read_results
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 OURS = "two_stage"
 # Published accuracies by (parameters, accuracy in %, who), self-reported and mostly the best epoch on the test set.
@@ -32,13 +29,7 @@ PUBLISHED: dict[str, tuple[tuple[int, float, str], ...]] = {
 
 def draw_all(folders: Sequence[Path], out: Path) -> None:
     """Write all pictures that the finished runs allow, as PNG and SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({
-        "svg.hashsalt": "lightcnn", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9,
-        "axes.grid": True, "grid.alpha": 0.25, "figure.constrained_layout.use": True,
-    })  # fmt: skip
+    use_style("lightcnn")
     out.mkdir(parents=True, exist_ok=True)
     results = {folder: read_results(folder) for folder in folders}
     size_and_accuracy(results, out)
@@ -149,20 +140,3 @@ def confusion_matrix(results: dict[str, Any], out: Path) -> None:
     axis.grid(visible=False)
     figure.colorbar(image, ax=axis, label="share of the class", shrink=0.8)
     save(figure, out / "confusion_matrix")
-
-
-def new_figure(rows: int, columns: int, size: tuple[float, float]) -> "tuple[Figure, list[Axes]]":
-    """A figure and its axes as a flat list."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
-    return figure, list(axes.flat)
-
-
-def save(figure: "Figure", path: Path) -> None:
-    """Write PNG and SVG, the same bytes for the same picture."""
-    from matplotlib import pyplot
-
-    figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    pyplot.close(figure)

@@ -1,15 +1,13 @@
 """The study: methods x seeds, a table, a verdict for each claim, plots. `python -m lightcnn.reproduce --scale mini`."""
 
 import argparse
-import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.cli import REPOSITORY, check_shared, find_config, run_main
+from shared.cli import check_shared, check_study, find_config, publish, run_main, shown, study_parser
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,12 +62,6 @@ def jobs_of(part: Slice, path: Path, out: Path) -> "list[Job]":
     return jobs
 
 
-def shown(path: Path) -> str:
-    """A path from the repository, so that the recorded command works for others."""
-    path = path.resolve()
-    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else str(path)
-
-
 def study_rows(config_name: str, results: dict[str, Any], command: str) -> "list[Row]":
     """Figures of the study itself that no run is needed for."""
     from lightcnn.model import MergedCNN
@@ -111,10 +103,9 @@ def report(path: Path, jobs: "Sequence[Job]", statistics: bool, folder: Path, co
     from shared.claims import judge
     from shared.config import load
     from shared.run import read_results
+    from shared.study import finished
 
-    done = [job for job in jobs if (job.folder / "results.json").exists()]
-    if not done:
-        raise ConfigError("no run of the study has finished; the lines above say why")
+    done = finished(jobs)
     results = [read_results(job.folder) for job in done]
     rows = [row for result in results for row in shared_report.rows_of(result)]
     rows += study_rows(path.stem, results[0], command)
@@ -142,17 +133,7 @@ def report(path: Path, jobs: "Sequence[Job]", statistics: bool, folder: Path, co
 
 
 def chosen_slices(asked: argparse.Namespace, scale: str) -> list[Slice]:
-    """The scale's plan, narrowed to what was asked for; ConfigError for what is not there."""
-    from lightcnn.algorithm import METHODS
-
-    if strangers := [name for name in asked.methods or () if name not in METHODS]:
-        raise ConfigError(f"--methods {strangers[0]}: unknown; choose from {', '.join(METHODS)}")
-    if asked.seeds is not None and asked.seeds < 1:
-        raise ConfigError(f"--seeds {asked.seeds}: at least one seed is needed")
-    if asked.publish and (asked.methods or asked.seeds):
-        raise ConfigError(
-            "--publish: a study of some methods or seeds is not published; leave --methods and --seeds out"
-        )
+    """The scale's plan, narrowed to what was asked for."""
     parts = [part for plan in PLANS.values() for part in plan if part.config == Path(asked.config or "").stem]
     if not asked.config:
         parts = list(PLANS[scale])
@@ -175,53 +156,44 @@ def reproduce_budget(asked: argparse.Namespace, scale: str, command: str) -> int
         folder, some = run_budget(path, asked.out, asked.workers, asked.seeds, command)
         failed += some
         if asked.publish:
-            shutil.copytree(folder, REPOSITORY / "results" / "lightcnn" / path.stem, dirs_exist_ok=True)
+            publish(folder, "lightcnn", path.stem)
     return 1 if failed else 0
 
 
 def run_reproduce(arguments: Sequence[str]) -> int:
     """The command: 0 when all runs ended well, whatever the verdicts; 1 when a run failed."""
-    parser = argparse.ArgumentParser(prog="python -m lightcnn.reproduce", description=__doc__)
-    parser.add_argument("--scale", default="auto", help="auto, smoke (seconds), mini (minutes on a CPU), paper (hours)")
+    parser = study_parser("lightcnn", __doc__)
     parser.add_argument(
         "--study",
         default="main",
         choices=("main", "budget"),
         help="main (the paper's claims), budget (the best network within its number of parameters)",
     )
-    parser.add_argument("--config", help="one configuration instead of the scale's own")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="some methods instead of the scale's own")
-    parser.add_argument("--seeds", type=int, help="number of seeds instead of the scale's own")
-    parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one a core)")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="runs and report go below it (runs)")
-    parser.add_argument("--publish", action="store_true", help="copy the report to results/lightcnn/<config>")
     asked = parser.parse_args(arguments)
     check_shared(__file__)
+    from lightcnn.algorithm import METHODS
     from shared.run import command_line
-    from shared.study import choose_scale, run_jobs
+    from shared.study import choose_scale, run_study
 
     scale, why = choose_scale(asked.scale)
     print(why, flush=True)
     if asked.study == "budget":
         return reproduce_budget(asked, scale, command_line("lightcnn.reproduce", arguments))
-    parts, partial = chosen_slices(asked, scale), bool(asked.methods or asked.seeds)
+    partial = check_study(asked, METHODS)
+    parts = chosen_slices(asked, scale)
     jobs: dict[Path, list[Job]] = {}
     failed = 0
     for part in parts:
-        started = time.monotonic()
         path = find_config(part.config, "lightcnn")
         own = jobs_of(part, path, asked.out)
         jobs.setdefault(path, []).extend(own)
-        there = sum((job.folder / "results.json").exists() for job in own)
-        print(f"{path.stem}: {len(own)} runs of {part.seeds} seeds; {there} were finished before", flush=True)
-        failed += sum(outcome.code != 0 for outcome in run_jobs("lightcnn.train", own, asked.workers).values())
-        print(f"{time.monotonic() - started:.0f} s for {path.stem}", flush=True)
+        failed += run_study("lightcnn.train", f"{path.stem}, {part.seeds} seeds a run", own, asked.workers)
     for path, own in jobs.items():
         folder = asked.out / "lightcnn" / f"report-{path.stem}{'-partial' if partial else ''}"
         statistics = path.stem not in WITHOUT_STATISTICS
         report(path, own, statistics, folder, command_line("lightcnn.reproduce", arguments))
         if asked.publish:
-            shutil.copytree(folder, REPOSITORY / "results" / "lightcnn" / path.stem, dirs_exist_ok=True)
+            publish(folder, "lightcnn", path.stem)
     return 1 if failed else 0
 
 

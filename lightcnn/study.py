@@ -10,7 +10,7 @@ from lightcnn.config import BudgetConfig, Config
 from shared import report as shared_report
 from shared.checkpoint import atomic_write
 from shared.claims import Figures, judge, show_difference, show_mean
-from shared.cli import find_config
+from shared.cli import find_config, shown
 from shared.config import load
 from shared.errors import ConfigError
 from shared.metrics import paired_difference
@@ -85,8 +85,6 @@ def jobs_of(path: Path, config: Config, teacher: Path, out: Path, seeds: int | N
 
 def job_of(arm: str, seed: int, changes: Sequence[str], path: Path, out: Path) -> Job:
     """One training command."""
-    from lightcnn.reproduce import shown
-
     overrides = [f"seed={seed}", *changes]
     folder = out / "lightcnn" / folder_name(path.stem, "budget", seed, overrides)
     return Job(arm, seed, folder, ("--config", shown(path), "--out", str(out), *overrides))

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.cli import check_shared, find_config, run_main, train_parser
-from shared.config import load, schema
-from shared.errors import ConfigError, DataError, InterruptedRunError
+from shared.cli import run_main, train_command
+from shared.errors import DataError, InterruptedRunError
 
 if TYPE_CHECKING:
     from lightcnn.algorithm import Points, Step
@@ -140,7 +139,7 @@ def finish(
     )  # fmt: skip
 
 
-def show(results: dict[str, Any], folder: Path) -> None:
+def show(config: "Config", results: dict[str, Any], folder: Path) -> None:
     """Print the figures of a finished run, mean over seeds."""
     values: dict[str, list[float]] = {}
     for row in results["figures"]:
@@ -185,34 +184,16 @@ def dry_run(config: "Config") -> None:
     print(f"# memory           {memory:.0f} MiB at most for images and the frozen layers' outputs")
 
 
-def run_train(arguments: Sequence[str]) -> int:
-    """The command."""
-    parser = train_parser("lightcnn", "lightcnn/configs/mini.yaml")
-    asked = parser.parse_intermixed_args(arguments)
-    check_shared(__file__)
+def config_class() -> "type[Config]":
+    """The configuration of this package's runs; imported late, for torch takes seconds."""
     from lightcnn.config import Config
 
-    if asked.schema:
-        print(schema(Config), end="")
-        return 0
-    if (asked.config is None) == (asked.resume is None):
-        raise ConfigError("give one of --config and --resume; python -m lightcnn.train --help shows examples")
-    path = asked.resume / "config.yaml" if asked.resume else find_config(asked.config, "lightcnn")
-    config = load(path, Config, asked.overrides)
-    if asked.dry_run:
-        dry_run(config)
-        return 0
-    from shared.run import Run, command_line, folder_name
+    return Config
 
-    name = folder_name(path.stem, config.method.name, config.seed, asked.overrides)
-    folder = asked.resume or asked.out / "lightcnn" / name
-    with Run(folder, config, command_line("lightcnn.train", arguments)) as run:
-        if results := run.results:
-            print("already finished; nothing was trained")
-        else:
-            results = train(config, run, asked.previous)
-    show(results, folder)
-    return 0
+
+def run_train(arguments: Sequence[str]) -> int:
+    """The command."""
+    return train_command(__file__, arguments, config_class, train, dry_run, show)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from shared.config import load
 from shared.errors import CheckpointError, RunError
 from shared.gpu import autocast, setup
 from shared.longtail import ShotGroups
-from shared.run import read_results
+from shared.run import changed_figures, read_run
 
 Figures = dict[str, float | None]
 
@@ -129,17 +129,6 @@ def load_network(folder: Path, config: Config, problem: Problem, device: torch.d
     return place(model, config.precision, device), int(description["epoch"])
 
 
-def compare(stated: Figures, found: Figures) -> list[str]:
-    """One line a figure that the saved model does not give again (a difference of over 1e-6)."""
-    wrong = [f"{name}: is not in results.json, the model gives {found[name]}" for name in found if name not in stated]
-    for name, value in stated.items():
-        again = found.get(name)
-        close = value is not None and again is not None and abs(value - again) <= 1e-6
-        if not close and value != again:
-            wrong.append(f"{name}: results.json has {value}, the model gives {again}")
-    return wrong
-
-
 def run_eval(arguments: Sequence[str]) -> int:
     """The command: 0 if every figure of the last epoch is what the run reported, 1 if not."""
     parser = argparse.ArgumentParser(prog="python -m mdcs.eval", description=__doc__)
@@ -147,9 +136,7 @@ def run_eval(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto")
     asked = parser.parse_args(arguments)
     check_shared(__file__)
-    results = read_results(asked.run)
-    if results.get("paper") != "mdcs":
-        raise RunError(f"{asked.run}: is a run of {results.get('paper')!r}, not of mdcs")
+    results = read_run(asked.run, "mdcs")
     config = load(asked.run / "config.yaml", Config)
     device = setup(asked.device if asked.device != "auto" else config.device, config.threads)
     problem = load_problem(config, device)
@@ -161,7 +148,7 @@ def run_eval(arguments: Sequence[str]) -> int:
     model, epoch = load_network(asked.run, config, problem, device)
     figures = evaluate(model, problem, config).figures
     stated = {row["metric"]: row["value"] for row in results["figures"] if row["at"] == config.headline}
-    wrong = compare(stated, figures)
+    wrong = changed_figures(stated, figures)
     print(f"the network after epoch {epoch}, on the test set; accuracies are shares in [0, 1]")
     for name, value in figures.items():
         print(f"{name:32} {'-' if value is None else f'{value:.4f}'}")

@@ -2,15 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from shared.plots import new_figure, save, use_style
 from shared.run import read_metrics, read_results
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 OURS = "mdcs"
 SHOWN = ("ce", "balanced_softmax", "dl_both", OURS)  # the arms of the pictures that cannot hold them all
@@ -21,13 +18,7 @@ Values = np.ndarray[Any, np.dtype[np.float64]]
 
 def draw(folders: Sequence[tuple[str, Path]], out: Path) -> None:
     """Write all pictures that the finished runs (arm, folder) allow, as PNG and SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({
-        "svg.hashsalt": "mdcs", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9,
-        "axes.grid": True, "grid.alpha": 0.25, "figure.constrained_layout.use": True,
-    })  # fmt: skip
+    use_style("mdcs")
     runs: Runs = {}
     for arm, folder in folders:
         runs.setdefault(arm, []).append(folder)
@@ -157,20 +148,3 @@ def deviation(values: Values) -> Values:
 def smoothed(values: Values, width: int) -> Values:
     """Moving mean."""
     return np.convolve(values, np.ones(width) / width, mode="valid")
-
-
-def new_figure(rows: int, columns: int, size: tuple[float, float]) -> "tuple[Figure, list[Axes]]":
-    """A figure and its axes as a flat list."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
-    return figure, list(axes.flat)
-
-
-def save(figure: "Figure", path: Path) -> None:
-    """Write PNG and SVG, the same bytes for the same picture."""
-    from matplotlib import pyplot
-
-    figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    pyplot.close(figure)

@@ -1,15 +1,13 @@
 """The study: arms x seeds, a table, a verdict for each claim, plots. `python -m mdcs.reproduce --scale mini`."""
 
 import argparse
-import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.cli import REPOSITORY, check_shared, find_config, run_main
+from shared.cli import check_shared, check_study, find_config, publish, run_main, shown, study_parser
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -81,21 +79,14 @@ def jobs_of(study: Study) -> "list[Job]":
     return jobs
 
 
-def shown(path: Path) -> str:
-    """A path from the repository, so that the recorded command works for others."""
-    path = path.resolve()
-    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else str(path)
-
-
 def collect(study: Study, jobs: "Sequence[Job]", command: str) -> "list[Row]":
     """The rows of all finished runs under their arms' names, and those that several runs give together."""
     from mdcs.study import gain_figures, variance_figures
     from shared.report import Row, figures_of, rows_of
     from shared.run import read_results
+    from shared.study import finished
 
-    done = [(job, read_results(job.folder)) for job in jobs if (job.folder / "results.json").exists()]
-    if not done:
-        raise ConfigError("no run of the study has finished; the lines above say why")
+    done = [(job, read_results(job.folder)) for job in finished(jobs)]
     rows = [replace(row, method=job.group) for job, results in done for row in rows_of(results)]
     one: dict[str, Any] = {key: done[0][1][key] for key in ("paper", "config", "device", "precision", "commit")}
 
@@ -192,17 +183,10 @@ def with_sources(table: list[list[str]], judgements: "Sequence[Judgement]") -> l
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of the command."""
-    parser = argparse.ArgumentParser(prog="python -m mdcs.reproduce", description=__doc__)
-    parser.add_argument("--scale", default="auto", help="auto, smoke (seconds), mini (minutes on a CPU), paper (a GPU)")
+    parser = study_parser("mdcs", __doc__, "arms")
     studies = "main, distillation (what it adds, many seeds), views (every baseline on the strong view and on both), "
     studies += "sweeps (lambda, alpha, temperature, number of experts), variance (a subset of its own for each seed)"
     parser.add_argument("--study", default="main", help=studies)
-    parser.add_argument("--config", help="one configuration instead of the scale's own")
-    parser.add_argument("--methods", nargs="+", metavar="ARM", help="some arms of the study instead of all")
-    parser.add_argument("--seeds", type=int, help="number of seeds instead of the scale's own")
-    parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one a core)")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="runs and report go below it (runs)")
-    parser.add_argument("--publish", action="store_true", help="copy the report to results/mdcs/<config>")
     return parser
 
 
@@ -227,10 +211,7 @@ def planned(asked: argparse.Namespace) -> list[Study]:
     if asked.study not in STUDIES:
         raise ConfigError(f"--study {asked.study}: unknown; choose from {', '.join(STUDIES)}")
     arms = SMOKE if asked.study == "main" and not plan.statistics else STUDIES[asked.study]
-    if strangers := [name for name in asked.methods or () if name not in STUDIES[asked.study]]:
-        raise ConfigError(f"--methods {strangers[0]}: unknown; choose from {', '.join(STUDIES[asked.study])}")
-    if asked.seeds is not None and asked.seeds < 1:
-        raise ConfigError(f"--seeds {asked.seeds}: at least one seed is needed")
+    partial = check_study(asked, STUDIES[asked.study])
     if plan.arms and asked.study == "main":
         arms = {name: MAIN[name] for name in plan.arms}
     if asked.methods:
@@ -242,9 +223,6 @@ def planned(asked: argparse.Namespace) -> list[Study]:
         bare = [arm for arm, changes in arms.items() if not any(c.startswith("method=") for c in changes)]
         if own != "mdcs" and bare:
             raise ConfigError(f"{name}: has the method {own}, but the arm {bare[0]} is made of mdcs; choose --methods")
-    partial = bool(asked.methods or asked.seeds)
-    if partial and asked.publish:
-        raise ConfigError("--publish: a study of some arms or seeds is not published; leave --methods and --seeds out")
     return [
         Study(find_config(name, "mdcs"), asked.study, arms, seeds, plan.statistics, asked.out, partial, bool(plan.arms))
         for name in names
@@ -256,20 +234,16 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     asked = parser().parse_args(arguments)
     check_shared(__file__)
     from shared.run import command_line
-    from shared.study import run_jobs
+    from shared.study import run_study
 
     failed = 0
     for study in planned(asked):
-        started, stem = time.monotonic(), study.config_path.stem
-        jobs = jobs_of(study)
-        there = sum((job.folder / "results.json").exists() for job in jobs)
-        print(f"{stem}: {len(jobs)} runs, {len(study.arms)} arms; {there} were finished before", flush=True)
-        failed += sum(outcome.code != 0 for outcome in run_jobs("mdcs.train", jobs, asked.workers).values())
+        stem, jobs = study.config_path.stem, jobs_of(study)
+        failed += run_study("mdcs.train", stem, jobs, asked.workers)
         report(study, jobs, command_line("mdcs.reproduce", arguments))
-        print(f"{time.monotonic() - started:.0f} s for {stem}")
         if asked.publish:
             name = stem if study.name == "main" else f"{stem}_{study.name}"
-            shutil.copytree(study.report_folder, REPOSITORY / "results" / "mdcs" / name, dirs_exist_ok=True)
+            publish(study.report_folder, "mdcs", name)
     return 1 if failed else 0
 
 

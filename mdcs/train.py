@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.cli import check_shared, find_config, run_main, train_parser
-from shared.config import load, schema
-from shared.errors import ConfigError, InterruptedRunError
+from shared.cli import run_main, train_command
+from shared.errors import InterruptedRunError
 
 if TYPE_CHECKING:
     import torch
@@ -189,34 +188,16 @@ def dry_run(config: "Config") -> None:
     print(f"# memory           {4 * 4 * parameters / 2**20:.1f} MiB for the model in training, before activations")
 
 
-def run_train(arguments: Sequence[str]) -> int:
-    """The command."""
-    parser = train_parser("mdcs", "mdcs/configs/mini.yaml")
-    asked = parser.parse_intermixed_args(arguments)
-    check_shared(__file__)
+def config_class() -> "type[Config]":
+    """The configuration of this package's runs; imported late, for torch takes seconds."""
     from mdcs.config import Config
 
-    if asked.schema:
-        print(schema(Config), end="")
-        return 0
-    if (asked.config is None) == (asked.resume is None):
-        raise ConfigError("give one of --config and --resume; python -m mdcs.train --help shows examples")
-    path = asked.resume / "config.yaml" if asked.resume else find_config(asked.config, "mdcs")
-    config = load(path, Config, asked.overrides)
-    if asked.dry_run:
-        dry_run(config)
-        return 0
-    from shared.run import Run, command_line, folder_name
+    return Config
 
-    name = folder_name(path.stem, config.method.name, config.seed, asked.overrides)
-    folder = asked.resume or asked.out / "mdcs" / name
-    with Run(folder, config, command_line("mdcs.train", arguments)) as run:
-        if results := run.results:
-            print("already finished; nothing was trained")
-        else:
-            results = train(config, run, asked.previous)
-    show(config, results, folder)
-    return 0
+
+def run_train(arguments: Sequence[str]) -> int:
+    """The command."""
+    return train_command(__file__, arguments, config_class, train, dry_run, show)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,13 +3,20 @@
 import argparse
 import os
 import shlex
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shared.errors import ConfigError, InterruptedRunError, UserError
 
+if TYPE_CHECKING:
+    from shared.config import Section
+    from shared.run import Run
+
 REPOSITORY = Path(__file__).resolve().parents[1]
+C = TypeVar("C", bound="Section")
 
 
 def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +55,85 @@ def train_parser(package: str, example: str) -> argparse.ArgumentParser:
     parser.add_argument("--schema", action="store_true", help="print the configuration's JSON schema")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted.key=value, as in the YAML")
     return parser
+
+
+def train_command(
+    file: str,
+    arguments: Sequence[str],
+    config_class: "Callable[[], type[C]]",
+    train: "Callable[[C, Run[C], bool], dict[str, Any]]",
+    dry_run: "Callable[[C], None]",
+    show: "Callable[[C, dict[str, Any], Path], None]",
+) -> int:
+    """`<package>.train`: read the arguments, load the configuration, train into the run's folder, show the figures.
+
+    Args:
+        file: of the module, in its package's folder.
+        config_class: imports the package's `Config`; late, for torch takes seconds that `--help` need not wait for.
+    """
+    package = Path(file).resolve().parent.name
+    asked = train_parser(package, f"{package}/configs/mini.yaml").parse_intermixed_args(arguments)
+    check_shared(file)
+    from shared.config import load, schema
+
+    if asked.schema:
+        print(schema(config_class()), end="")
+        return 0
+    if (asked.config is None) == (asked.resume is None):
+        raise ConfigError(f"give one of --config and --resume; python -m {package}.train --help shows examples")
+    path = asked.resume / "config.yaml" if asked.resume else find_config(asked.config, package)
+    config = load(path, config_class(), asked.overrides)
+    if asked.dry_run:
+        dry_run(config)
+        return 0
+    from shared.run import Run, command_line, folder_name
+
+    method, seed = config.method, config.seed  # type: ignore[attr-defined]
+    name = folder_name(path.stem, getattr(method, "name", method), seed, asked.overrides)
+    folder = asked.resume or asked.out / package / name
+    with Run(folder, config, command_line(f"{package}.train", arguments)) as run:
+        if results := run.results:
+            print("already finished; nothing was trained")
+        else:
+            results = train(config, run, asked.previous)
+    show(config, results, folder)
+    return 0
+
+
+def study_parser(package: str, description: str, unit: str = "methods") -> argparse.ArgumentParser:
+    """The arguments of every `<package>.reproduce`; `unit` is what it calls the columns of its study."""
+    parser = argparse.ArgumentParser(prog=f"python -m {package}.reproduce", description=description)
+    parser.add_argument("--scale", default="auto", help="auto, smoke (seconds), mini (minutes on a CPU), paper (hours)")
+    parser.add_argument("--config", help="one configuration instead of the scale's own")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"some {unit} instead of the scale's own")
+    parser.add_argument("--seeds", type=int, help="number of seeds instead of the scale's own")
+    parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one a core)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="runs and report go below it (runs)")
+    parser.add_argument("--publish", action="store_true", help=f"copy the report to results/{package}/<config>")
+    return parser
+
+
+def check_study(asked: argparse.Namespace, known: Iterable[str]) -> bool:
+    """Whether some methods or seeds only are asked for; ConfigError for what is not there or is not published."""
+    if strangers := [name for name in asked.methods or () if name not in known]:
+        raise ConfigError(f"--methods {strangers[0]}: unknown; choose from {', '.join(known)}")
+    if asked.seeds is not None and asked.seeds < 1:
+        raise ConfigError(f"--seeds {asked.seeds}: at least one seed is needed")
+    partial = bool(asked.methods or asked.seeds)
+    if partial and asked.publish:
+        raise ConfigError("--publish: a part of a study is not published; leave --methods and --seeds out")
+    return partial
+
+
+def shown(path: Path) -> str:
+    """A path from the repository, so that the recorded command works for others."""
+    path = path.resolve()
+    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else str(path)
+
+
+def publish(folder: Path, package: str, name: str) -> None:
+    """Copy a report to where the READMEs' tables are made from."""
+    shutil.copytree(folder, REPOSITORY / "results" / package / name, dirs_exist_ok=True)
 
 
 def find_config(name: str, package: str) -> Path:

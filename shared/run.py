@@ -203,6 +203,25 @@ def read_results(folder: Path) -> dict[str, Any]:
     return results
 
 
+def read_run(folder: Path, paper: str) -> dict[str, Any]:
+    """The results of a finished run of a paper; RunError if it is not finished or another paper's."""
+    results = read_results(folder)
+    if results.get("paper") != paper:
+        raise RunError(f"{folder}: is a run of {results.get('paper')!r}, not of {paper}")
+    return results
+
+
+def changed_figures(stated: Mapping[str, float | None], found: Mapping[str, float | None]) -> list[str]:
+    """One line a figure that a saved model does not give again, to a part in a million (1e-6 below 1)."""
+    wrong = [f"{name}: is not in results.json, the model gives {found[name]}" for name in found if name not in stated]
+    for name, value in stated.items():
+        again = found.get(name)
+        close = value is not None and again is not None and abs(value - again) <= 1e-6 * max(1.0, abs(value))
+        if not close and value != again:
+            wrong.append(f"{name}: results.json has {value}, the model gives {again}")
+    return wrong
+
+
 def read_metrics(folder: Path, event: str) -> list[dict[str, Any]]:
     """All lines of one event in a run's `metrics.jsonl`."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

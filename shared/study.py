@@ -103,6 +103,25 @@ def run_jobs(module: str, jobs: Sequence[Job], workers: int = 0) -> dict[str, Ou
     return outcomes
 
 
+def run_study(module: str, name: str, jobs: Sequence[Job], workers: int) -> int:
+    """`run_jobs` with a line before and a line after; returns how many failed."""
+    there = sum((job.folder / "results.json").exists() for job in jobs)
+    arms = len({job.group for job in jobs})
+    print(f"{name}: {len(jobs)} runs, {arms} methods; {there} were finished before", flush=True)
+    started = time.monotonic()
+    failed = sum(outcome.code != 0 for outcome in run_jobs(module, jobs, workers).values())
+    print(f"{time.monotonic() - started:.0f} s for {name}", flush=True)
+    return failed
+
+
+def finished(jobs: Sequence[Job]) -> list[Job]:
+    """Those that have results; ConfigError if there are none."""
+    done = [job for job in jobs if (job.folder / "results.json").exists()]
+    if not done:
+        raise ConfigError("no run of the study has finished; the lines above say why")
+    return done
+
+
 def forecast(
     jobs: Sequence[Job], outcomes: dict[str, Outcome], running: Sequence[_Running], waiting: Sequence[Job], workers: int
 ) -> float | None:

@@ -18,7 +18,7 @@ from shared.cli import check_shared, run_main
 from shared.config import load
 from shared.errors import CheckpointError, ConfigError, RunError
 from shared.gpu import describe, setup
-from shared.run import read_results
+from shared.run import changed_figures, read_run
 from sparsevit.config import Config
 from sparsevit.measure import accuracies, observations, percent, ratio_figures, sizes
 from sparsevit.method import prunable
@@ -99,16 +99,6 @@ def recompute(config: Config, folder: Path, problem: Problem) -> tuple[dict[str,
     return figures, wrong
 
 
-def compare(stated: Mapping[str, float], found: Mapping[str, float]) -> list[str]:
-    """One line a figure that the saved models do not give again (relative difference over 1e-6)."""
-    wrong = [f"{name}: is not in results.json, the model gives {found[name]}" for name in found if name not in stated]
-    for name, value in stated.items():
-        again = found.get(name)
-        if again is None or abs(value - again) > 1e-6 * max(1.0, abs(value)):
-            wrong.append(f"{name}: results.json has {value}, the model gives {again}")
-    return wrong
-
-
 def run_eval(arguments: Sequence[str]) -> int:
     """The command: 0 if every figure is what the run reported, 1 if not."""
     parser = argparse.ArgumentParser(prog="python -m sparsevit.eval", description=__doc__)
@@ -120,9 +110,7 @@ def run_eval(arguments: Sequence[str]) -> int:
     check_shared(__file__)
     if min(asked.batch) < 1:
         raise ConfigError(f"--batch {' '.join(map(str, asked.batch))}: each must be at least 1")
-    results = read_results(asked.run)
-    if results.get("paper") != "sparsevit":
-        raise RunError(f"{asked.run}: is a run of {results.get('paper')!r}, not of sparsevit")
+    results = read_run(asked.run, "sparsevit")
     config = load(asked.run / "config.yaml", Config)
     device = setup(asked.device if asked.device != "auto" else config.device, config.threads)
     problem = load_problem(config.data, device)
@@ -133,7 +121,7 @@ def run_eval(arguments: Sequence[str]) -> int:
     except OSError as error:
         raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from None
     stated = {row["metric"]: row["value"] for row in results["figures"]}
-    wrong += compare(stated, figures)
+    wrong += changed_figures(stated, figures)
     for name, value in figures.items():
         print(f"{name:32} {value:.6g}")
     if asked.latency:

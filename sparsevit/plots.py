@@ -2,22 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from shared.config import load
+from shared.plots import new_figure, save, use_style
 from shared.run import read_results
 from sparsevit.config import Config
 from sparsevit.eval import HISTOGRAM
 from sparsevit.latency import Timing
 from sparsevit.problem import load_problem
 from sparsevit.shrink import load_network
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Runs = dict[str, list[Path]]  # arm -> run folders, one a seed
 MAPPED = ("none", "paper", "paper_strong", "attn_sparse")  # arms whose attention is drawn
@@ -26,13 +23,7 @@ IMAGES = 4  # real images whose attention is drawn
 
 def draw(folders: Sequence[Path], out: Path, timings: Mapping[str, Sequence[Timing]]) -> None:
     """Write all pictures that the finished runs allow, as PNG and SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({
-        "svg.hashsalt": "sparsevit", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9,
-        "axes.grid": True, "grid.alpha": 0.25, "figure.constrained_layout.use": True,
-    })  # fmt: skip
+    use_style("sparsevit")
     runs: Runs = {}
     for folder in folders:
         runs.setdefault(str(read_results(folder)["method"]), []).append(folder)
@@ -164,20 +155,3 @@ def pareto(folder: Path, timed: Sequence[Timing], out: Path) -> None:
              title=f"{folder.name}: one shot, nothing trained after it")  # fmt: skip
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     save(figure, out / "accuracy_by_latency")
-
-
-def new_figure(rows: int, columns: int, size: tuple[float, float]) -> "tuple[Figure, list[Axes]]":
-    """A figure and its axes as a flat list."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
-    return figure, list(axes.flat)
-
-
-def save(figure: "Figure", path: Path) -> None:
-    """Write PNG and SVG, the same bytes for the same picture."""
-    from matplotlib import pyplot
-
-    figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    pyplot.close(figure)

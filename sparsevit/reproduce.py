@@ -1,15 +1,13 @@
 """The study: arms x seeds, a verdict for each claim, tables, plots. `python -m sparsevit.reproduce --scale mini`."""
 
 import argparse
-import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.cli import REPOSITORY, check_shared, find_config, run_main
+from shared.cli import check_shared, check_study, find_config, publish, run_main, shown, study_parser
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,12 +54,6 @@ def jobs_of(config_path: Path, methods: Sequence[str], seeds: int, out: Path) ->
     return jobs
 
 
-def shown(path: Path) -> str:
-    """A path from the repository, so that the recorded command works for others."""
-    path = path.resolve()
-    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else str(path)
-
-
 def time_runs(jobs: "Sequence[Job]", config: "Config") -> "dict[str, list[Timing]]":
     """Latency of the dense, masked and smaller networks of one run without a penalty, with nothing beside it."""
     from shared.gpu import setup
@@ -88,15 +80,14 @@ def report(config_path: Path, plan: Plan, jobs: "Sequence[Job]", folder: Path, c
     from shared.claims import judge
     from shared.config import load
     from shared.run import read_results
+    from shared.study import finished
     from sparsevit import study
     from sparsevit.claims import all_claims
     from sparsevit.config import Config
     from sparsevit.latency import table as latency_table
     from sparsevit.plots import draw
 
-    done = [job for job in jobs if (job.folder / "results.json").exists()]
-    if not done:
-        raise ConfigError("no run of the study has finished; the lines above say why")
+    done = finished(jobs)
     config, results = load(config_path, Config), {job.name: read_results(job.folder) for job in done}
     one, timings = next(iter(results.values())), time_runs(done, config)
     rows = [row for result in results.values() for row in shared_report.rows_of(result)]
@@ -165,20 +156,13 @@ def plan_elsewhere(config_name: str) -> Plan:
 
 def run_reproduce(arguments: Sequence[str]) -> int:
     """The command: 0 when all runs ended well, whatever the verdicts; 1 when a run failed."""
-    parser = argparse.ArgumentParser(prog="python -m sparsevit.reproduce", description=__doc__)
-    parser.add_argument("--scale", default="auto", help="auto, smoke (seconds), mini (minutes on a CPU), paper (a GPU)")
-    parser.add_argument("--config", help="one configuration instead of the scale's own")
+    parser = study_parser("sparsevit", __doc__, "arms")
     parser.add_argument("--study", default="main", choices=("main", "choose"),
                         help="main, or choose: the coefficients of our arms on held-out images, before it")  # fmt: skip
-    parser.add_argument("--methods", nargs="+", metavar="ARM", help="some arms instead of the scale's own")
-    parser.add_argument("--seeds", type=int, help="number of seeds instead of the scale's own")
-    parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one a core)")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="runs and report go below it (runs)")
-    parser.add_argument("--publish", action="store_true", help="copy the report to results/sparsevit/<config>")
     asked = parser.parse_args(arguments)
     check_shared(__file__)
     from shared.run import command_line
-    from shared.study import choose_scale, run_jobs
+    from shared.study import choose_scale, run_study
     from sparsevit.config import METHODS
 
     scale, why = choose_scale(asked.scale)
@@ -187,28 +171,19 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     if asked.config:  # a configuration keeps the plan of the scale that it belongs to
         stem = find_config(asked.config, "sparsevit").stem
         plan = next((p for p in PLANS.values() if stem in p.configs), plan_elsewhere(asked.config))
-    if strangers := [name for name in asked.methods or () if name not in METHODS]:
-        raise ConfigError(f"--methods {strangers[0]}: unknown; choose from {', '.join(METHODS)}")
-    if asked.seeds is not None and asked.seeds < 1:
-        raise ConfigError(f"--seeds {asked.seeds}: at least one seed is needed")
-    partial = bool(asked.methods or asked.seeds)
-    if partial and asked.publish:
-        raise ConfigError("--publish: a study of some arms or seeds is not published; leave --methods and --seeds out")
+    partial = check_study(asked, METHODS)
     plan = Plan(plan.configs, tuple(asked.methods or plan.methods), asked.seeds or plan.seeds, plan.statistics)
     if asked.study == "choose":
         return run_choice(asked, plan)
     failed = 0
     for name in [asked.config] if asked.config else plan.configs:
-        started, path = time.monotonic(), find_config(name, "sparsevit")
+        path = find_config(name, "sparsevit")
         jobs = jobs_of(path, plan.methods, plan.seeds, asked.out)
-        there = sum((job.folder / "results.json").exists() for job in jobs)
-        print(f"{path.stem}: {len(jobs)} runs, {len(plan.methods)} arms; {there} were finished before", flush=True)
-        failed += sum(outcome.code != 0 for outcome in run_jobs("sparsevit.train", jobs, asked.workers).values())
+        failed += run_study("sparsevit.train", path.stem, jobs, asked.workers)
         folder = asked.out / "sparsevit" / f"report-{path.stem}{'-partial' if partial else ''}"
         report(path, plan, jobs, folder, command_line("sparsevit.reproduce", arguments))
-        print(f"{time.monotonic() - started:.0f} s for {path.stem}")
         if asked.publish:
-            shutil.copytree(folder, REPOSITORY / "results" / "sparsevit" / path.stem, dirs_exist_ok=True)
+            publish(folder, "sparsevit", path.stem)
     return 1 if failed else 0
 
 
@@ -223,7 +198,7 @@ def run_choice(asked: argparse.Namespace, plan: Plan) -> int:
     path, what = find_config(name, "sparsevit"), ["--config", name, "--study", "choose"]
     folder = choose(path, shown(path), asked.out, asked.workers, command_line("sparsevit.reproduce", what))
     if asked.publish:
-        shutil.copytree(folder, REPOSITORY / "results" / "sparsevit" / f"{path.stem}_choice", dirs_exist_ok=True)
+        publish(folder, "sparsevit", f"{path.stem}_choice")
     return 0
 
 

@@ -5,9 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.cli import check_shared, find_config, run_main, train_parser
-from shared.config import load, schema
-from shared.errors import ConfigError, InterruptedRunError
+from shared.cli import run_main, train_command
+from shared.errors import InterruptedRunError
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +138,7 @@ def finish(run: "Run[Config]", fit: "Fit", prunings: "Sweep", figures: dict[str,
     )  # fmt: skip
 
 
-def show(results: dict[str, Any], folder: Path) -> None:
+def show(config: "Config", results: dict[str, Any], folder: Path) -> None:
     """Print the headline figures of a finished run."""
     values = {row["metric"]: row["value"] for row in results["figures"]}
     print(f"dense {100 * values['dense.accuracy']:.2f} %")
@@ -192,34 +191,16 @@ def dry_run(config: "Config") -> None:
     print(f"# memory           {(floats + kept) / 2**20:.0f} MiB for training, roughly")
 
 
-def run_train(arguments: Sequence[str]) -> int:
-    """The command."""
-    parser = train_parser("sparsevit", "sparsevit/configs/mini.yaml")
-    asked = parser.parse_intermixed_args(arguments)
-    check_shared(__file__)
+def config_class() -> "type[Config]":
+    """The configuration of this package's runs; imported late, for torch takes seconds."""
     from sparsevit.config import Config
 
-    if asked.schema:
-        print(schema(Config), end="")
-        return 0
-    if (asked.config is None) == (asked.resume is None):
-        raise ConfigError("give one of --config and --resume; python -m sparsevit.train --help shows examples")
-    path = asked.resume / "config.yaml" if asked.resume else find_config(asked.config, "sparsevit")
-    config = load(path, Config, asked.overrides)
-    if asked.dry_run:
-        dry_run(config)
-        return 0
-    from shared.run import Run, command_line, folder_name
+    return Config
 
-    name = folder_name(path.stem, config.method, config.seed, asked.overrides)
-    folder = asked.resume or asked.out / "sparsevit" / name
-    with Run(folder, config, command_line("sparsevit.train", arguments)) as run:
-        if results := run.results:
-            print("already finished; nothing was trained")
-        else:
-            results = train(config, run, asked.previous)
-    show(results, folder)
-    return 0
+
+def run_train(arguments: Sequence[str]) -> int:
+    """The command."""
+    return train_command(__file__, arguments, config_class, train, dry_run, show)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

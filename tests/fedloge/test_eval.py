@@ -11,11 +11,12 @@ from torch.nn import functional
 
 from fedloge import eval as evaluation
 from fedloge import train
-from fedloge.eval import add_personal, compare, evaluate, geometry, global_features, head_predictions
+from fedloge.eval import add_personal, evaluate, geometry, global_features, head_predictions
 from fedloge.federated import load_client
 from shared.batches import Resident
 from shared.checkpoint import load_model, save_model
 from shared.longtail import ShotGroups
+from shared.run import changed_figures
 
 pytestmark = pytest.mark.filterwarnings("ignore:at sparsity")
 
@@ -415,7 +416,7 @@ def test_eval_refuses_what_it_cannot_check_in_one_line(copy_of_run, capsys, kind
     ],
 )
 def test_compare_names_each_figure_that_differs(stated, found, lines):
-    assert len(compare(stated, found)) == lines
+    assert len(changed_figures(stated, found)) == lines
 
 
 @pytest.mark.parametrize("name", ["fedbn", "ditto", "fedetf", "creff"])

@@ -11,7 +11,7 @@ from torch import nn
 from mdcs import eval as evaluation
 from mdcs import measures, train
 from mdcs.config import Config
-from mdcs.eval import Outputs, compare, figures_of, mean_of, run_network
+from mdcs.eval import Outputs, figures_of, mean_of, run_network
 from mdcs.model import Architecture, build_model
 from mdcs.problem import Problem, load_problem
 from mdcs.views import ResidentViews
@@ -19,6 +19,7 @@ from shared.batches import Resident
 from shared.checkpoint import load_model, save_model
 from shared.config import load
 from shared.longtail import ShotGroups
+from shared.run import changed_figures
 
 NAMES = ("accuracy", "many", "medium", "few", "head", "middle", "tail", "ece")
 DIVERSITY = ("class_std", "group_std_sum", "kl", "disagreement", "ensemble_gain")
@@ -249,7 +250,7 @@ def test_evaluating_changes_no_bit_of_the_network(configure):
     ],
 )
 def test_each_figure_that_differs_is_a_line(stated, found, lines):
-    assert len(compare(stated, found)) == lines
+    assert len(changed_figures(stated, found)) == lines
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -486,7 +486,7 @@ def test_a_study_of_two_arms_and_three_seeds_leaves_table_verdicts_and_pictures(
                "--out", str(tmp_path / "out")]  # fmt: skip
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert "tiny: 6 runs, 2 arms; 0 were finished before" in printed
+    assert "tiny: 6 runs, 2 methods; 0 were finished before" in printed
     folder = tmp_path / "out" / "mdcs" / "report-tiny-partial"
     assert f"6 of 6 runs; report in {folder}" in printed
     assert {path.name for path in folder.iterdir()} == {
@@ -562,7 +562,7 @@ def test_only_a_whole_study_is_published_and_under_its_configuration_s_name(
     tmp_path, tiny_yaml, in_this_process, monkeypatch
 ):
     monkeypatch.setattr("mdcs.plots.draw", nothing_drawn)
-    monkeypatch.setattr(reproduce, "REPOSITORY", tmp_path / "repository")
+    monkeypatch.setattr("shared.cli.REPOSITORY", tmp_path / "repository")
     monkeypatch.setitem(PLANS, "smoke", Plan((str(tiny_yaml),), 1, statistics=False))
     monkeypatch.setattr("mdcs.study.SMOKE", {"ce": MAIN["ce"]})
     assert main(["--scale", "smoke", "--publish", "--out", str(tmp_path / "out")]) == 0
