@@ -68,9 +68,9 @@ class Step:
 VARIANTS: dict[str, dict[str, str]] = {
     "literal": {"schedule": "literal"},
     "notebook": {"schedule": "notebook", "head_transfer": "a_only"},
-    "all_at_once": {"schedule": "all_at_once"},  # B4
-    "two_clean": {"branch_b": "clean"},  # B5
-    "a_only": {"head_transfer": "a_only"},  # B6, and the next three
+    "all_at_once": {"schedule": "all_at_once"},  # nothing is unfrozen step by step
+    "two_clean": {"branch_b": "clean"},  # two seeds of one kind
+    "a_only": {"head_transfer": "a_only"},  # the notebook's slip; then what is transferred, and how
     "no_transfer": {"head_transfer": "none"},
     "linear_head": {"head_activation": "linear"},
     "combined_warp": {},
@@ -203,7 +203,7 @@ def paper_ranges(config: Config) -> Ranges:
 
 
 def nominal_epochs(config: Config) -> int:
-    """The most epochs that the two-stage method may take under this configuration: E of section 7.1."""
+    """The most epochs that the two-stage method may take under this configuration."""
     return config.stage1.epochs + sum(phase.epochs for phase in stage2_phases(config, TwoStageConfig()))
 
 

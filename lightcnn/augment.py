@@ -1,4 +1,4 @@
-"""The paper's augmentation (brief, section 3): rotation, zoom, brightness, translation, an own draw for each image.
+"""The paper's augmentation (notebook): rotation, zoom, brightness, translation, an own draw for each image.
 
 Brightness is off, as in the paper, and comes last where it is on. Bilinear, with half-sample symmetric reflection
 (d c b a | a b c d | d c b a). It works on whole batches on the device.

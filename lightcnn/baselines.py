@@ -1,4 +1,4 @@
-"""What the paper's method is compared with: networks trained in one go (brief, section 7.1, B1 to B3, B7 to B10)."""
+"""What the paper's method is compared with: networks trained in one go."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch.nn import functional
 from lightcnn.model import conv, glorot_uniform_, he_normal_, linear
 from lightcnn.networks import Merged, Modules, Network, Submodels
 
-WIDE = (18, 34)  # filters of a single submodel with 14,232 parameters (B7)
+WIDE = (18, 34)  # filters of a single submodel with 14,232 parameters
 
 
 class ImageShape(NamedTuple):
@@ -65,7 +65,7 @@ class LeNet5(nn.Module):
 
 
 class BnGap(nn.Module):
-    """A modern net of at most 14,862 parameters (B10): 3x3 convolutions with batch norm, global average pooling.
+    """A modern net of at most 14,862 parameters: 3x3 convolutions with batch norm, global average pooling.
 
     16, 16, pool, 24, 24, pool, 1x1 32, mean, dense K: 12,410 parameters for one channel.
     """
@@ -146,20 +146,20 @@ def _peer(name: str, **options: Any) -> Callable[[ImageShape], Network]:
 
 
 BASELINES: dict[str, Baseline] = {
-    "submodel": Baseline(_submodel),  # B1
-    "scratch": Baseline(_merged),  # B2: the merged network without the recipe
-    "scratch_augmented": Baseline(_merged, "paper"),  # B3
-    "scratch_mild": Baseline(_merged, "mild"),  # B3
-    "wide": Baseline(_wide),  # B7
-    "scratch_one_cycle": Baseline(_merged, "clean", "one_cycle"),  # B8
-    "wide_one_cycle": Baseline(_wide, "clean", "one_cycle"),  # B8
-    "lenet5": Baseline(lambda shape: Modules(lambda seed: LeNet5(shape, seed))),  # B9
+    "submodel": Baseline(_submodel),  # half of the network
+    "scratch": Baseline(_merged),  # the merged network without the recipe
+    "scratch_augmented": Baseline(_merged, "paper"),
+    "scratch_mild": Baseline(_merged, "mild"),
+    "wide": Baseline(_wide),  # as many parameters in one branch
+    "scratch_one_cycle": Baseline(_merged, "clean", "one_cycle"),
+    "wide_one_cycle": Baseline(_wide, "clean", "one_cycle"),
+    "lenet5": Baseline(lambda shape: Modules(lambda seed: LeNet5(shape, seed))),
     "mobilenet_v2_010": Baseline(_peer("mobilenet_v2", width_mult=0.1)),
     "mobilenet_v2_025": Baseline(_peer("mobilenet_v2", width_mult=0.25)),
     "mobilenet_v2_035": Baseline(_peer("mobilenet_v2", width_mult=0.35)),
     "squeezenet": Baseline(_peer("squeezenet1_1")),
     "shufflenet_v2": Baseline(_peer("shufflenet_v2_x0_5")),
-    "bn_gap": Baseline(  # B10, untuned: a rate that suits batch norm, fewer epochs than the paper's method may take
+    "bn_gap": Baseline(  # untuned: a rate that suits batch norm, fewer epochs than the paper's method may take
         lambda shape: Modules(lambda seed: BnGap(shape, seed)), "shift", "one_cycle", peak_lr=0.1, max_epochs=20
     ),
 }

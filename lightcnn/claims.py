@@ -5,7 +5,7 @@ Only the abstract's numbers are the paper's own: its tables could not be read wh
 
 from shared.claims import Claim, Comparison, Fact
 
-# Accuracies are printed as whole per cents: 99 % is what rounds to 99 (brief, section 5, U8).
+# Accuracies are printed as whole per cents: 99 % is what rounds to 99.
 ACCURACIES = {"mnist": (0.985, "99 %"), "fashion_mnist": (0.885, "89 %"), "cifar10": (0.645, "65 %")}
 
 COMPARISONS: tuple[Comparison, ...] = (

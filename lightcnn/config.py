@@ -30,7 +30,7 @@ class DataConfig(Section):
 
 
 class AugmentConfig(Section):
-    """What the second branch's images go through (section 3)."""
+    """What the second branch's images go through."""
 
     warp: Warp = "sequential"
     rotation: Share = Field(0.1, description="the largest rotation, in turns")
@@ -76,7 +76,7 @@ class TwoStageConfig(Section):
 
 
 class VariantConfig(Section):
-    """The paper's method with one thing changed (section 7.1, B4 to B6); `algorithm.VARIANTS` says what."""
+    """The paper's method with one thing changed; `algorithm.VARIANTS` says what."""
 
     name: Literal[
         "literal", "notebook", "all_at_once", "two_clean", "a_only", "no_transfer", "linear_head", "combined_warp"
@@ -84,7 +84,7 @@ class VariantConfig(Section):
 
 
 class BaselineConfig(Section):
-    """A network trained in one go (section 7.1, B1 to B3 and B7 to B10); `baselines.BASELINES` says which and how."""
+    """A network trained in one go; `baselines.BASELINES` says which and how."""
 
     name: Literal[
         "submodel", "scratch", "scratch_augmented", "scratch_mild", "wide", "scratch_one_cycle", "wide_one_cycle",

@@ -1,6 +1,6 @@
 """What a training step is fed with: each lane's own order, augmentation and dropout, prepared some batches at once.
 
-Where layers are frozen from the bottom, their outputs are computed once a phase (brief, section 9.4).
+Where layers are frozen from the bottom, their outputs are computed once a phase.
 """
 
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def live_levels(training: Training) -> tuple[str, ...]:
 def frozen_outputs(training: Training, problem: Problem, config: Config) -> list[Tensor] | None:
     """For each lane the outputs [N, ...] of the frozen layers on all images, or None where they do not fit.
 
-    The same computation as in every step, done once (brief, section 9.4): nothing below is random, and the images of
+    The same computation as in every step, done once: nothing below is random, and the images of
     stage 2 are not augmented.
     """
     step, levels = training.step, frozen_levels(training.step)

@@ -18,7 +18,7 @@ GROUPS = ("conv1", "conv2", "head", "fc1", "fc2")
 
 Schedule = Literal["paper", "literal", "notebook", "all_at_once"]
 Optimizer = Literal["nadam", "sgd"]
-MIN_DELTA = 0.001  # of validation accuracy, everywhere (section 2.4)
+MIN_DELTA = 0.001  # of validation accuracy, everywhere (notebook)
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Phase:
     start: int = 0
 
 
-STAGE1 = Phase("stage1", ("conv1", "conv2", "fc"), "nadam", epochs=20, patience=5, start=3)  # section 2.1
+STAGE1 = Phase("stage1", ("conv1", "conv2", "fc"), "nadam", epochs=20, patience=5, start=3)  # notebook
 
 
 def unfreezing_schedule(name: str) -> list[Phase]:
-    """The phases of stage 2 (section 2.5), each with the groups that it trains.
+    """The phases of stage 2, each with the groups that it trains.
 
     paper         the new head, then the heads, the second and the first convolutions: from the last layer backwards
     literal       the same with the very last layer alone before all
-    notebook      everything but the last layer, then everything (section 2.4: the author's notebook)
+    notebook      everything but the last layer, then everything (the author's notebook)
     all_at_once   everything, and again everything: what unfreezing is worth
 
     Raises:
@@ -72,12 +72,12 @@ def unfreezing_schedule(name: str) -> list[Phase]:
 
 
 def fold_phases(folds: int) -> list[Phase]:
-    """The notebook's "K-fold" (2c): one model goes on through all folds, without being reset (section 2.4, F4)."""
+    """The notebook's "K-fold" (2c): one model goes on through all folds, without being reset."""
     return [Phase(f"fold{k + 1}", GROUPS, "sgd", epochs=10, patience=3) for k in range(folds)]
 
 
 def dual_loss(logits: Sequence[Tensor], targets: Tensor) -> Tensor:
-    """CE(branch a, y) + CE(branch b, y), each a mean over the batch, both with weight 1 (section 2.1).
+    """CE(branch a, y) + CE(branch b, y), each a mean over the batch, both with weight 1.
 
     Args:
         logits: of each output, [B, K].
@@ -95,7 +95,7 @@ def lane_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass
 class EarlyStopping:
-    """Keras' rule (section 6, T16), and beside it Keras' checkpoint: the best epoch without any `min_delta`.
+    """Keras' rule, and beside it Keras' checkpoint: the best epoch without any `min_delta`.
 
     `best_epoch` and `kept_epoch` are indices from 0, or -1 before the first; `kept` is what early stopping restores;
     `epochs` counts those that were seen.

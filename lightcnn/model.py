@@ -18,7 +18,7 @@ SMALLEST_IMAGE = 10  # pixels a side that leave one position after the second po
 
 
 class Submodel(nn.Module):
-    """Conv 3x3, pool, conv 3x3, pool, dense (brief, section 1.1): images [B, C, H, H] in [0, 1] -> logits [B, K].
+    """Conv 3x3, pool, conv 3x3, pool, dense (the notebook's layers): images [B, C, H, H] in [0, 1] -> logits [B, K].
 
     6,930 parameters for 1 x 28 x 28, 9,310 for 3 x 32 x 32. The paper's softmax is in the loss.
     """
@@ -55,7 +55,7 @@ class Submodel(nn.Module):
 
 
 class MergedCNN(nn.Module):
-    """Two submodels side by side, their softmax layers as convolutions, a new head 20 -> 32 -> 10 on top (section 1.2).
+    """Two submodels side by side, their softmax layers as convolutions, a new head 20 -> 32 -> 10 on top.
 
     One input [B, C, H, H] goes to both branches. 14,862 parameters for 1 x 28 x 28, 19,622 for 3 x 32 x 32.
     """
@@ -106,7 +106,7 @@ def merge(
     head_activation: HeadActivation = "relu",
     seed: int = 0,
 ) -> MergedCNN:
-    """Unify two trained submodels (section 2.2); the merged model holds copies.
+    """Unify two trained submodels; the merged model holds copies.
 
     Each dense layer [10, 20 k k] becomes a convolution [10, 20, k, k] with the same weights: the same pre-activation.
 

@@ -1,4 +1,4 @@
-"""Optimisers with Keras' semantics (brief, section 6, T11 and T12) and the rates of the baselines."""
+"""Optimisers with Keras' semantics, which the notebook trains with, and the rates of the baselines."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightcnn.fused import Stack
 
-LEARNING_RATE = 1e-3  # constant, of both optimisers (section 3)
+LEARNING_RATE = 1e-3  # constant, of both optimisers (notebook)
 
 
 class DecoupledSgd(torch.optim.SGD):

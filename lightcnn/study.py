@@ -28,7 +28,7 @@ SEEDS, FINAL_SEEDS = 3, 5
 SHORT = 3  # the lower rungs have a third of the final recipe's epochs
 TEACHER = "teacher"
 TEACHER_LAYOUT, TEACHER_EPOCHS = "c32 c64 P c96 r96 P c128 r128", 20
-CONVOLUTIONS = "c16 c16 P c24 c24 P p32"  # B10: 12,410 parameters for one channel
+CONVOLUTIONS = "c16 c16 P c24 c24 P p32"  # `baselines.BnGap`: 12,410 parameters for one channel
 
 
 @dataclass(frozen=True)
