@@ -25,8 +25,8 @@ class Slice:
     seeds: int
 
 
-CORE = ("two_stage", "scratch", "all_at_once", "two_clean", "notebook", "bn_gap")
-OTHERS = ("submodel", "wide", "scratch_mild", "scratch_one_cycle", "wide_one_cycle")
+CORE = ("two_stage", "scratch", "all_at_once", "two_clean", "bn_gap")
+OTHERS = ("notebook", "submodel", "wide", "scratch_mild", "scratch_one_cycle", "wide_one_cycle")
 ABLATIONS = ("literal", "a_only", "no_transfer", "linear_head", "combined_warp", "scratch_augmented")
 # What a scale runs. The peers from torchvision take hours each without a GPU: `--methods squeezenet` and so on.
 PLANS: dict[str, tuple[Slice, ...]] = {

@@ -27,7 +27,8 @@ CONFIGS = {
 SEEDS, FINAL_SEEDS = 3, 5
 SHORT = 3  # the lower rungs have a third of the final recipe's epochs
 TEACHER = "teacher"
-TEACHER_LAYOUT, TEACHER_EPOCHS = "c32 c64 P c96 r96 P c128 r128", 20
+TEACHER_LAYOUTS = {1: "c16 c32 P c64 r64 P c96 r96", 3: "c32 c64 P c96 r96 P c128 r128"}  # by the images' channels
+TEACHER_EPOCHS = 20
 CONVOLUTIONS = "c16 c16 P c24 c24 P p32"  # `baselines.BnGap`: 12,410 parameters for one channel
 
 
@@ -68,7 +69,8 @@ def overrides_of(rung: Rung, method: BudgetConfig) -> list[str]:
 def teacher_job(path: Path, config: Config, out: Path) -> Job:
     """The one teacher that all seeds share."""
     epochs = min(TEACHER_EPOCHS, method_of(config).epochs)
-    return job_of(TEACHER, 0, [f"method.layout={TEACHER_LAYOUT}", f"method.epochs={epochs}"], path, out)
+    layout = TEACHER_LAYOUTS[3 if config.data.name == "cifar10" else 1]
+    return job_of(TEACHER, 0, [f"method.layout={layout}", f"method.epochs={epochs}"], path, out)
 
 
 def jobs_of(path: Path, config: Config, teacher: Path, out: Path, seeds: int | None) -> list[Job]:
