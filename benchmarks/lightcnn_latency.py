@@ -59,7 +59,7 @@ Forward = Callable[[Tensor], Tensor]
 class Sizes:
     """How much is measured; `QUICK` only shows that it runs."""
 
-    rounds: int = 21
+    rounds: int = 15
     calls: int = 10  # with one image, in a turn
     batch: int = 256
 
@@ -148,7 +148,7 @@ def measure(
             own = images.to(memory_format=form)
             module.to(memory_format=form)
             milliseconds(module, own, calls)
-            times[layout] = min(milliseconds(module, own, calls) for _ in range(3))
+            times[layout] = min(milliseconds(module, own, calls) for _ in range(2))
         chosen[name] = min(times, key=lambda layout: times[layout])
         module.to(memory_format=LAYOUTS[chosen[name]])
     found: dict[str, tuple[str, list[float]]] = {name: (layout, []) for name, layout in chosen.items()}
@@ -164,7 +164,7 @@ def rows_of(case: str, device: torch.device, sizes: Sizes, report: Report) -> li
     shape, budget = CASES[case]
     modules = networks(shape, budget)
     images = smooth_images(sizes.batch, "latency", shape.in_channels, shape.image_size).float() / 255
-    counts = sizes_of(modules, images)
+    counts = sizes_of(modules, images[:32])
     modules = {name: module.to(device) for name, module in modules.items()}
     images = images.to(device)
     with torch.inference_mode():
