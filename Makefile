@@ -50,6 +50,8 @@ reproduce-sparsevit: setup ## SparseViT: arms x seeds x pruners, table, verdicts
 bench: setup ## speed and memory, as ratios in one run
 	$(BIN)/python benchmarks/fedloge_round.py
 	$(BIN)/python benchmarks/mdcs_step.py
+	$(BIN)/python benchmarks/lightcnn_step.py
+	$(BIN)/python benchmarks/lightcnn_latency.py
 	$(BIN)/python benchmarks/sparsevit_step.py
 
 tables: setup ## write the READMEs' tables anew from results/

@@ -1,4 +1,4 @@
-"""What every benchmark needs: a stopwatch, the bytes that tensors hold, and a report as tables and as CSV."""
+"""What every benchmark needs: images, a stopwatch, the bytes that tensors hold, and a report as tables and as CSV."""
 
 import csv
 import gc
@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from shared.checkpoint import atomic_write
-from shared.gpu import describe
+from shared.gpu import describe, stream
 from shared.report import markdown, show
 from shared.run import environment
 
@@ -22,6 +23,23 @@ COLUMNS = (
     "benchmark", "setting", "ours", "reference", "ratio", "ratio_q1", "ratio_q3", "unit", "n", "device", "threads",
     "torch", "commit",
 )  # fmt: skip
+
+
+def smooth_images(n: int, name: str, channels: int = 3, side: int = 32) -> Tensor:
+    """uint8 [n, C, side, side]: noise of four wavelengths, the longer the stronger, over the whole range of pixels."""
+    draws, waves = stream(0, "images", name), torch.zeros(n, channels, side, side)
+    for short in (2, 4, 8, 16):
+        noise = torch.randn(n, channels, short, short, generator=draws) / short
+        waves += functional.interpolate(noise, (side, side), mode="bilinear", align_corners=False)
+    low, high = waves.amin((1, 2, 3), keepdim=True), waves.amax((1, 2, 3), keepdim=True)
+    return ((waves - low) / (high - low) * 255).round().byte()
+
+
+def now(device: torch.device) -> float:
+    """The time in seconds when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter()
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -48,23 +66,31 @@ class Report:
             ratios = [b / a if name in self.speedups else a / b for a, b in zip(ours, other, strict=True)]
             low, middle, high = statistics.quantiles(ratios if len(ratios) > 1 else ratios * 2, method="inclusive")
             row |= {"reference": statistics.median(other), "ratio": middle, "ratio_q1": low, "ratio_q3": high}
+        self.rows.append(row | {"n": len(ours)} | self.circumstances())
+
+    def circumstances(self) -> dict[str, Any]:
+        """Under what a row is measured: its last columns."""
         device = describe(self.device)
         device = device.rpartition(",")[0] if self.device.type == "cpu" else device  # its threads have a column
-        row |= {"n": len(ours), "device": device, "threads": torch.get_num_threads()}
         commit = self.about["commit"] + ("-dirty" if self.about["dirty"] else "")
-        self.rows.append(row | {"torch": torch.__version__, "commit": commit})
+        return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
 
     def finish(self, path: Path) -> None:
         """Print a table for each benchmark; write the CSV, and the ratios as Markdown beside it."""
         names = dict.fromkeys(row["benchmark"] for row in self.rows)
         for name in names:
             show(f"{name}: {self.rows[0]['device']}, torch {torch.__version__}", table(self.rows, name))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        atomic_write(path, text.getvalue().encode())
+        write_csv(path, COLUMNS, self.rows)
         atomic_write(path.with_suffix(".md"), ratios(self.rows).encode())
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with a head."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(path, text.getvalue().encode())
 
 
 def table(rows: Sequence[Mapping[str, Any]], name: str) -> list[list[str]]:

@@ -25,7 +25,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from bench_report import Report, timed
+from bench_report import Report, now, smooth_images, timed
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -129,16 +129,6 @@ def begin(device: torch.device, precision: Precision, sizes: Sizes) -> Ours:
     return Ours(start(config, problem, device), problem, build_method(config, counts, device), config, batches)
 
 
-def smooth_images(n: int, name: str) -> Tensor:
-    """uint8 [n, 3, 32, 32]: noise of four wavelengths, the longer the stronger, over the whole range of pixels."""
-    draws, waves = stream(0, "images", name), torch.zeros(n, 3, SIDE, SIDE)
-    for side in (2, 4, 8, 16):
-        noise = torch.randn(n, 3, side, side, generator=draws) / side
-        waves += functional.interpolate(noise, (SIDE, SIDE), mode="bilinear", align_corners=False)
-    low, high = waves.amin((1, 2, 3), keepdim=True), waves.amax((1, 2, 3), keepdim=True)
-    return ((waves - low) / (high - low) * 255).round().byte()
-
-
 # ----------------------------------------------------------------------------------------------------- the usual way
 
 
@@ -235,13 +225,6 @@ def expert_passes(model: MultiExpert, problem: Problem, config: Config) -> Tenso
 
 
 # -------------------------------------------------------------------------------------------------------- measurement
-
-
-def now(device: torch.device) -> float:
-    """The time in seconds when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return perf_counter()
 
 
 def where_time_goes(ours: Ours, epoch: int) -> dict[str, float]:

@@ -5,7 +5,7 @@ The test set is read here and nowhere else, once, after all training.
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +125,20 @@ def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> list[list[
     return table
 
 
-def sizes(steps: Sequence[Step], points: Points, problem: Problem) -> dict[str, float]:
+def sizes(steps: Sequence[Step], points: Points, problem: Problem) -> dict[str, int]:
     """Figures of the final network that need no test image: parameters, bytes, multiply-adds."""
     state = unstack(points[final_point(steps)], 0)
     module = steps[-1].network.to_module({name: tensor.cpu() for name, tensor in state.items()}).eval()
-    count = sum(parameter.numel() for parameter in module.parameters())
-    shape = (1, problem.in_channels, problem.image_size, problem.image_size)
+    return module_sizes(module, torch.zeros(1, problem.in_channels, problem.image_size, problem.image_size))
+
+
+def module_sizes(module: nn.Module, image: Tensor) -> dict[str, int]:
+    """Parameters, bytes and multiply-adds of a module in eval mode, for one image [1, C, H, H]."""
     return {
-        "parameters": count,
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "bytes.weights": sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values()),
         "bytes.safetensors": len(save({name: tensor.contiguous() for name, tensor in module.state_dict().items()})),
-        "multiply_adds": multiply_adds(module, torch.zeros(shape)),
+        "multiply_adds": multiply_adds(module, image),
     }
 
 
@@ -201,7 +204,7 @@ def load_points(folder: Path, steps: Sequence[Step], problem: Problem) -> Points
     return points
 
 
-def once(values: dict[str, float], seeds: Sequence[int]) -> list[Figure]:
+def once(values: Mapping[str, float], seeds: Sequence[int]) -> list[Figure]:
     """Rows of figures that no test changes."""
     return [{"seed": seed, "at": "once", "split": "-", "metric": metric, "value": value}
             for seed in seeds for metric, value in values.items()]  # fmt: skip

@@ -170,7 +170,7 @@ def test_orders_and_draws_are_permutations_of_each_seeds_own(config_of, problem_
     assert not feed.orders(state).equal(order)
     sizes = [len(b) for b in feed.batch_positions(state)]
     assert sizes == [32, 32, 32, 32, 2]
-    inputs, labels, kept = next(iter(feed.batches(state, problem)))
+    inputs, labels, kept, _ = next(iter(feed.batches(state, problem)))
     assert inputs.shape == (4, 32, 1, 28, 28)
     assert kept is None
     first = problem.images[feed.orders(state)[:, :32]].float() / 255
@@ -197,7 +197,7 @@ def test_dropout_keeps_half_of_the_units_drawn_anew_for_each_image_and_seed(conf
     problem = problem_of(config)
     points, *_ = run_phases(config, problem, 1)
     state = training.begin(plan(config, problem)[1], points, problem, config)
-    kept = torch.cat([kept for *_, kept in feed.batches(state, problem)], dim=1)
+    kept = torch.cat([batch.kept for batch in feed.batches(state, problem)], dim=1)
     assert kept.shape == (2, 130, 32)
     assert 0.48 < kept.float().mean() < 0.52
     assert len({row.numpy().tobytes() for row in kept.flatten(0, 1)}) == 260
