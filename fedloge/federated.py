@@ -184,7 +184,7 @@ def train_client(
 ) -> list[float]:
     """Train the resident network on one client's images; returns the loss of each step.
 
-    The optimiser is new, so its momentum starts at zero (section 2.4 of the method's description, every round). All
+    The optimiser is new, so its momentum starts at zero. All
     draws come from the streams of (seed, *names), so what a client draws does not depend on who trained before it.
     """
     network, device = server.network, client.images.device

@@ -1,4 +1,4 @@
-"""Weak and strong augmentation of whole batches, each image with draws of its own (brief, section 3.1).
+"""Weak and strong augmentation of whole batches, each image with draws of its own.
 
 Images are uint8 [B, C, H, W] on any device and keep shape and type. All draws come from a generator on the CPU: a CPU
 and a GPU see the same ones, and the host never waits for the device. To be quick, the images are sorted by the

@@ -1,4 +1,4 @@
-"""The losses that the paper compares with (section 5): balanced softmax, LDAM-DRW, RIDE, SADE, BalPoE and NCL.
+"""The losses that the paper compares with: balanced softmax, LDAM-DRW, RIDE, SADE, BalPoE and NCL.
 
 Pure functions, notation and precision as in `mdcs.method`: logits [V, E, C], a sum over experts of means over views; a
 single network is E = 1. Plain cross-entropy is `mdcs.method.expert_cross_entropy`. What depends on class counts alone

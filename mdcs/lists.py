@@ -15,7 +15,7 @@ from shared.errors import DataError
 
 @dataclass(frozen=True)
 class KnownList:
-    """What a data set's lists hold (brief, section 1.2)."""
+    """What a data set's lists hold."""
 
     classes: int
     train: int

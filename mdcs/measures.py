@@ -60,7 +60,7 @@ class BiasVariance:
 
 
 def bias_variance(predictions: Tensor, labels: Tensor) -> BiasVariance:
-    """Of predictions [K, N] by models of K independent training sets, after RIDE's analysis (brief, section 4.5).
+    """Of predictions [K, N] by models of K independent training sets, after RIDE's analysis.
 
     The main prediction is the majority vote (ties: the lowest class). Bias: how often it is not the label. Variance:
     how often a single model differs from it.

@@ -21,7 +21,7 @@ Confident = Literal["adjusted", "raw", "all"]
 
 
 def adjusted_logits(logits: Tensor, log_counts: Tensor, lambdas: Tensor) -> Tensor:
-    """Add to each expert's logits the class frequencies that it is trained under (section 2.2).
+    """Add to each expert's logits the class frequencies that it is trained under.
 
     a_ec = z_ec + lambda_e log n_c          so that  softmax(a_e)_c  ~  n_c^lambda_e exp(z_ec)
 
@@ -61,7 +61,7 @@ def expert_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None
 
 
 def diversity_loss(logits: Tensor, targets: Tensor, log_counts: Tensor, lambdas: Tensor) -> Tensor:
-    """Train each expert under a class distribution of its own: L_DL (section 2.2).
+    """Train each expert under a class distribution of its own: L_DL.
 
     L_DL = sum_e  mean_v  -log q_e(y_v | x_v),          q_e = softmax(z_e + lambda_e log n)
 
@@ -77,7 +77,7 @@ def diversity_loss(logits: Tensor, targets: Tensor, log_counts: Tensor, lambdas:
 
 
 def confident_mask(weak_logits: Tensor, targets: Tensor) -> Tensor:
-    """Confident instance sampling: an expert teaches only the images that it gets right itself (section 2.3).
+    """Confident instance sampling: an expert teaches only the images that it gets right itself.
 
     m_ie = 1  if  argmax_c a_iec = y_i  else 0          no threshold on the probability
 
@@ -91,7 +91,7 @@ def confident_mask(weak_logits: Tensor, targets: Tensor) -> Tensor:
 def consistency_loss(
     weak_logits: Tensor, strong_logits: Tensor, targets: Tensor, temperature: float, mask: Tensor | None = None
 ) -> Tensor:
-    """Teach each expert to see in the strong view what it sees in the weak one: L_CS (section 2.3).
+    """Teach each expert to see in the strong view what it sees in the weak one: L_CS.
 
     L_CS = sum_e  T^2  sum_i m_ie KL(p_t,ie || p_s,ie) / max(1, sum_i m_ie)
     p_t = softmax(sg(a_weak) / T),  p_s = softmax(a_strong / T)          sg: stop-gradient
@@ -129,7 +129,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def ramp(epoch: int, ramp_epochs: int) -> float:
-    """Weight of the consistency loss, r(t) = min(t / ramp_epochs, 1), t the epoch counted from 1 (section 2.4).
+    """Weight of the consistency loss, r(t) = min(t / ramp_epochs, 1), t the epoch counted from 1.
 
     Without ramp epochs it is 1 from the start. Raises ConfigError for an epoch below 1 or negative ramp epochs.
     """

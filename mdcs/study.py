@@ -10,7 +10,7 @@ from shared.claims import Figures
 
 Arms = Mapping[str, tuple[str, ...]]
 
-# The four of section 4.2 first: they tell the strong views from the distillation.
+# The paper's ablation first, four arms that tell the strong views from the distillation.
 MAIN: Arms = {
     "mdcs": (),
     "dl_both": ("method=dl", "method.views=both"),

@@ -98,7 +98,7 @@ def begin(config: "Config", run: "Run[Config]", previous: bool) -> "tuple[torch.
 
 
 def learning_rate_factor(schedule: "ScheduleConfig", epoch: int, epochs: int) -> float:
-    """What multiplies the learning rate in an epoch (counted from 0): table of the brief's section 3."""
+    """What multiplies the learning rate in an epoch (counted from 0): the paper's schedule."""
     if schedule.name == "cosine":
         return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
     decay = schedule.factor ** sum(milestone <= epoch for milestone in schedule.milestones)

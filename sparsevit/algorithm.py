@@ -1,4 +1,4 @@
-"""The arms of the study: what each adds to the loss, and what it needs to see of the network for that (section 4.1).
+"""The arms of the study: what each adds to the loss, and what it needs to see of the network for that.
 
 All arms of a seed have the same start, the same batches and the same number of steps; only the named term differs.
 """

@@ -26,7 +26,7 @@ def weight_l1(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def neuron_group_lasso(fc1_weight: Tensor, fc2_weight: Tensor) -> Tensor:
-    """Sum over neurons of sqrt(||fc1 row||^2 + ||fc2 column||^2), which drives whole neurons to zero (section 4.1).
+    """Sum over neurons of sqrt(||fc1 row||^2 + ||fc2 column||^2), which drives whole neurons to zero.
 
     The gradient of a neuron that is zero is zero, not NaN.
 
@@ -106,7 +106,7 @@ def to_two_four(network: nn.Module) -> list[str]:
     """Turn fc1 and fc2 of every block into semi-structured matrices, in place; the names of those that were turned.
 
     For inference, in float16 or bfloat16, as the last step: an optimiser step after it is undefined. Matrices whose
-    shape the kernels do not take (section 4.5) stay dense.
+    shape the kernels do not take stay dense.
 
     Raises:
         ConfigError: the device has no 2:4 kernels, or the network is not in half precision.

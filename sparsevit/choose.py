@@ -1,6 +1,6 @@
 """The coefficients of our arms, chosen on held-out images: `python -m sparsevit.reproduce --scale mini --study choose`.
 
-The rule (section 8.5 of the brief): of the grid below, the largest coefficient whose unpruned accuracy is at most 0.5
+The rule: of the grid below, the largest coefficient whose unpruned accuracy is at most 0.5
 points below that of `none`, as a mean of paired differences over seeds that the study does not report. Nothing is
 pruned in these runs, and of their results one figure is read, that of the held-out images.
 """

@@ -87,7 +87,7 @@ class PretrainConfig(Section):
 
 
 class AuthorsRecipe(Section):
-    """SGD with OneCycle as published: its momentum cycle, and weight decay on everything (section 2)."""
+    """SGD with OneCycle as published: its momentum cycle, and weight decay on everything."""
 
     name: Literal["authors"]
     lr: Positive = 1e-3
@@ -118,7 +118,7 @@ Recipe = Annotated[AuthorsRecipe | OursRecipe, Field(discriminator="name")]
 
 
 class Coefficients(Section):
-    """What each arm's term is multiplied with (section 4.1); only the run's own method uses its number."""
+    """What each arm's term is multiplied with; only the run's own method uses its number."""
 
     paper: float = Field(0.01, ge=0, description="mean ln(1 + a^2) of the last attention map")
     flip: float = Field(0.01, ge=0, description="the same, subtracted")

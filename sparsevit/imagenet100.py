@@ -1,4 +1,4 @@
-"""The 100 ImageNet classes of the paper (appendix A), sorted: a class's label is its place here."""
+"""The 100 ImageNet classes of the paper, sorted: a class's label is its place here."""
 
 IDS = """
 n01514668 n01622779 n01632777 n01644373 n01667114 n01688243 n01693334 n01695060 n01744401 n01768244

@@ -1,4 +1,4 @@
-"""How fast networks are: variants interleaved in one process, medians and quartiles (section 4.4).
+"""How fast networks are: variants interleaved in one process, medians and quartiles.
 
     python -m sparsevit.latency --make nets --arch vit_b16 --image 224
     python -m sparsevit.latency nets --threads 2 --batch 1 8

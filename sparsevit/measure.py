@@ -137,7 +137,7 @@ def independent(network: Vit) -> Vit:
 
 
 def sizes(network: Vit, set_name: str) -> dict[str, int]:
-    """Parameters, those that are not zero, multiply-accumulates an image, bytes stored sparsely (section 4.1)."""
+    """Parameters, those that are not zero, multiply-accumulates an image, bytes stored sparsely."""
     chosen = prunable(network, set_name)
     nonzero = {name: int(torch.count_nonzero(p.detach())) for name, p in network.named_parameters()}
     csr = 0

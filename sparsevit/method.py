@@ -36,7 +36,7 @@ SETS = ("authors", "matrices", "blocks", "mlp")
 
 
 def attention_penalty(attention: Tensor) -> Tensor:
-    """R(A) = mean over batch, heads, queries and keys of ln(1 + a^2)        (section 1.2, eq. of R)
+    """R(A) = mean over batch, heads, queries and keys of ln(1 + a^2)
 
     Descending it raises the entropy, to first order. For a row a = softmax(z), g_j = 2 a_j / (1 + a_j^2) and means < >
     under a, dR/dz_j ~ a_j (g_j - <g>) and dH/dz_j = -a_j (ln a_j - <ln a>), so a step of -eps dR/dz changes H by
@@ -61,13 +61,13 @@ def attention_entropy(attention: Tensor) -> Tensor:
 
 
 def activation_penalty(hidden: Tensor) -> Tensor:
-    """Mean of ln(1 + h^2) over [B, N, m] GELU outputs: the paper's function where it does silence (section 4.3)."""
+    """Mean of ln(1 + h^2) over [B, N, m] GELU outputs: the paper's function where it does silence."""
     h = at_least_float32(hidden)
     return torch.log1p(h * h).mean()
 
 
 def prunable(network: nn.Module, set_name: str) -> dict[str, nn.Parameter]:
-    """The tensors that are ranked together, by name, in the order of the network (section 1.3).
+    """The tensors that are ranked together, by name, in the order of the network.
 
     authors: patch embedding, in each block norm1, q, k, v, out, norm2, fc1, fc2, and the classifier: 98 for ViT-B.
     matrices: the same without the scales of the norms.  blocks: the six matrices of each block alone.
@@ -114,7 +114,7 @@ def global_magnitude_masks(tensors: Sequence[Tensor], ratio: float) -> list[Tens
 def global_magnitude_masks(
     tensors: Mapping[str, Tensor] | Sequence[Tensor], ratio: float
 ) -> dict[str, Tensor] | list[Tensor]:
-    """The published pruning: one ranking of |w| over all tensors, exactly round(ratio * n) go (section 1.3).
+    """The published pruning: one ranking of |w| over all tensors, exactly round(ratio * n) go.
 
     Of equal magnitudes the first ones go first, so what is pruned at a ratio is also pruned at a higher one.
 
@@ -146,7 +146,7 @@ def lowest_masks(scores: Sequence[Tensor], ratio: float) -> list[Tensor]:
 
 
 def neuron_scores(hidden: Tensor, fc2_weight: Tensor) -> Tensor:
-    """s_j = sqrt(var_j) * ||W2[:, j]||: what removing a neuron costs when its mean is folded away (section 4.3)
+    """s_j = sqrt(var_j) * ||W2[:, j]||: what removing a neuron costs when its mean is folded away
 
     Variance, not magnitude: a neuron of constant output is free to remove.
 
@@ -165,7 +165,7 @@ def scores_of_variance(variance: Tensor, fc2_weight: Tensor) -> Tensor:
 
 
 def head_scores(mixed: Tensor, out_weight: Tensor, heads: int) -> Tensor:
-    """Mean over images and tokens of ||W_O,h A_h V_h||, what a head adds to the residual stream: [heads] (section 4.3).
+    """Mean over images and tokens of ||W_O,h A_h V_h||, what a head adds to the residual stream: [heads].
 
     Args:
         mixed: the heads' outputs side by side [..., heads * head_dim], before the output matrix.

@@ -268,7 +268,7 @@ def on_meta(size: Size) -> Vit:
 
 
 def count_parameters(size: Size) -> int:
-    """Closed form of appendix B, with 2 d a block more where there is LayerScale."""
+    """Closed form, with 2 d a block more where there is LayerScale."""
     d, patch = size.width, size.channels * size.patch**2
     blocks = sum(
         4 * d * b.heads * b.head_dim + 3 * b.heads * b.head_dim + d + 2 * d * b.mlp + b.mlp + d + 4 * d
@@ -279,7 +279,7 @@ def count_parameters(size: Size) -> int:
 
 
 def count_macs(size: Size) -> int:
-    """Multiply-accumulates of one image, closed form of appendix B: matrices and attention, no norms or activations."""
+    """Multiply-accumulates of one image, closed form: matrices and attention, no norms or activations."""
     d, n = size.width, size.tokens
     blocks = sum(
         4 * n * d * b.heads * b.head_dim + 2 * n * n * b.heads * b.head_dim + 2 * n * d * b.mlp for b in size.blocks
@@ -288,7 +288,7 @@ def count_macs(size: Size) -> int:
 
 
 def count_prunable(size: Size) -> int:
-    """Entries of the published pruning's set, closed form of appendix B."""
+    """Entries of the published pruning's set, closed form."""
     d = size.width
     blocks = sum(4 * d * b.heads * b.head_dim + 2 * d * b.mlp + 2 * d for b in size.blocks)
     return size.channels * size.patch**2 * d + blocks + d * size.classes

@@ -116,7 +116,7 @@ def split_sets(train_set: AnySet, test_set: AnySet, config: DataConfig) -> tuple
 
 
 def imagenet100(folder: Path, split: str) -> FileSet:
-    """The authors' 100 classes (appendix A) of an ImageNet-1k folder FOLDER/<wnid>/*; labels in sorted order.
+    """The authors' 100 classes of an ImageNet-1k folder FOLDER/<wnid>/*; labels in sorted order.
 
     Raises:
         DataError: the folder, a class or a class's images are missing.

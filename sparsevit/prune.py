@@ -17,7 +17,7 @@ from sparsevit.shrink import remove_heads, remove_neurons
 
 REMOVALS = ("neurons", "heads", "neurons_heads")
 # Wanda knows the matrices of blocks only, and what it is compared with ranks the same ones; the kernels that make 2:4
-# worth having take fc1 and fc2 only (section 4.5), and the accuracy must be of the network that is timed.
+# worth having take fc1 and fc2 only, and the accuracy must be of the network that is timed.
 OWN_SETS = {"global_l1_blocks": "blocks", "local_l1": "blocks", "wanda": "blocks", "two_four": "mlp"}
 Masks = dict[str, Tensor]
 

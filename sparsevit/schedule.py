@@ -18,7 +18,7 @@ class Rates(NamedTuple):
 
 
 def rates(recipe: AuthorsRecipe | OursRecipe, step: int, total: int) -> Rates:
-    """OneCycle with cosines, as torch's OneCycleLR gives them (section 2).
+    """OneCycle with cosines, as torch's OneCycleLR gives them.
 
     lr / div -> lr at the last warm-up step -> lr / div / final_div at the last step. In the authors' recipe the
     momentum mirrors it, 0.95 -> 0.85 -> 0.95: that is OneCycleLR's default, and overrides the 0.9 they asked for.

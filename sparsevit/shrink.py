@@ -1,4 +1,4 @@
-"""Removing neurons and heads for good: a smaller network that computes what the masked one would (section 4.3).
+"""Removing neurons and heads for good: a smaller network that computes what the masked one would.
 
 Only inner dimensions are cut, so every tensor of the residual stream stays as it is. What the removed parts gave on
 average is folded into the bias that follows them; without means they are taken to have given nothing.

@@ -111,7 +111,7 @@ def two_runs(values: Figures) -> float | None:
 
 
 def verdict(values: Figures, statistics: bool = True) -> str:
-    """The paper's claim in one sentence, by the rule that was set before the study (section 4.1).
+    """The paper's claim in one sentence, by the rule that was set before the study.
 
     Supported only if the interval of paper - none is above 0 and its mean above the floor's; contradicted only if both
     hold the other way round. The floor is the mean over seeds of `study/effect.floor`.

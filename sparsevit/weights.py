@@ -1,7 +1,7 @@
 """Pretrained weights from a local file: timm's and Hugging Face's safetensors, Google's npz. Never a pickle.
 
-The table of section 5.2, both ways. Loading is strict: every tensor must find its place, but the classifier may differ
-from the network's and then keeps its first values.
+Their names in ours, and back. Loading is strict: every tensor must find its place, but the classifier may differ from
+the network's and then keeps its first values.
 """
 
 import hashlib
@@ -212,7 +212,7 @@ def to_google(tensors: Mapping[str, Tensor], heads: int) -> dict[str, NDArray[np
 
 
 def resize_positions(positions: Tensor, tokens: int, how: PosResize, source: str = "positions") -> Tensor:
-    """Interpolate position embeddings [1, 1 + g * g, D] to [1, tokens, D]; the class token's row stays (section 5.2).
+    """Interpolate position embeddings [1, 1 + g * g, D] to [1, tokens, D]; the class token's row stays.
 
     Raises:
         CheckpointError: `how` is "none", or either grid is not square.
