@@ -10,9 +10,12 @@ import torch
 from lightcnn.algorithm import paper_ranges
 from lightcnn.augment import augment, draw
 from lightcnn.config import Config
+from shared.claims import Figures
+from shared.cli import REPOSITORY
 from shared.config import load
 from shared.gpu import stream
 from shared.plots import new_figure, save, use_style
+from shared.report import figures_of, read_rows
 from shared.run import read_metrics, read_results
 
 OURS = "two_stage"
@@ -38,6 +41,32 @@ def draw_all(folders: Sequence[Path], out: Path) -> None:
             training_curves(folder, out)
             confusion_matrix(results[folder], out)
             augmented_images(folder, out)
+
+
+def draw_ladder(figures: Figures, arms: Sequence[str], out: Path) -> None:
+    """Accuracy by arm of the budget study, each seed a point: validation, which chose the recipe, and test."""
+    use_style("lightcnn")
+    out.mkdir(parents=True, exist_ok=True)
+    figure, (axis,) = new_figure(1, 1, (8, 4))
+    for place, (metric, label) in enumerate((("validation", "validation"), ("accuracy", "test"))):
+        for number, arm in enumerate(arms):
+            values = [100 * value for value in figures.get(f"{arm}/{metric}", {}).values()]
+            axis.plot([number + 0.2 * place - 0.1] * len(values), values, "os"[place], color=f"C{place}", ms=4,
+                      alpha=0.8, label=None if number else label)  # fmt: skip
+    axis.set_xticks(range(len(arms)), [arm.replace("_", "\n") for arm in arms], fontsize=7)
+    axis.set(ylabel="accuracy (%)", title="one ingredient more in each column; the teacher is a larger network")
+    axis.legend(fontsize=7)
+    save(figure, out / "ladder")
+
+
+def budget_points(name: str) -> list[tuple[float, list[float]]]:
+    """Parameters and accuracies (%) of the budget track's published network on this data set, if there is one."""
+    path = REPOSITORY / "results" / "lightcnn" / f"budget_{name}" / "results.csv"
+    if not path.exists():
+        return []
+    figures = figures_of(read_rows(path), "final")
+    accuracies = [100 * value for value in figures["distillation/accuracy"].values()]
+    return [(next(iter(figures["distillation/parameters"].values())), accuracies)]
 
 
 def training_curves(folder: Path, out: Path) -> None:
@@ -87,6 +116,10 @@ def size_and_accuracy(results: dict[Path, dict[str, Any]], out: Path) -> None:
         axis.errorbar([beside], [mean], yerr=spread, color=f"C{number % 10}", label=found["method"],
                       fmt="*" if ours else "osD^v"[number // 10 % 5], ms=11 if ours else 4)  # fmt: skip
         name = load(folder / "config.yaml", Config).data.name
+    for size, values in budget_points(name):
+        mean = float(np.mean(values))
+        axis.errorbar([size], [mean], yerr=[[mean - min(values)], [max(values) - mean]], fmt="P", ms=9, color="black",
+                      label="our budget track")  # fmt: skip
     for size, accuracy, who in PUBLISHED.get(name, ()):
         axis.plot([size], [accuracy], "x", color="black")
         axis.annotate(who, (size, accuracy), fontsize=7, xytext=(4, 2), textcoords="offset points")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightcnn.claims import budget_claims
 from lightcnn.config import BudgetConfig, Config
+from lightcnn.plots import draw_ladder
 from shared import report as shared_report
 from shared.checkpoint import atomic_write
 from shared.claims import Figures, judge, show_difference, show_mean
@@ -136,6 +137,7 @@ def report(path: Path, config: Config, done: Sequence[Job], folder: Path, comman
     shared_report.write_rows(folder / "results.csv", rows)
     atomic_write(folder / "methods.md", (text + shared_report.markdown(table)).encode())
     atomic_write(folder / "claims.md", shared_report.markdown(claims).encode())
+    draw_ladder(figures, [rung.name for rung in RUNGS] + [TEACHER], folder / "plots")
     shared_report.show(f"{path.stem}: what each ingredient brings", table)
     shared_report.show(f"{path.stem}: the aims", claims)
     print(f"{len(done)} runs; report in {folder}")

@@ -1,7 +1,6 @@
 """The budget track: networks as layouts, the student's loss, the teacher, and the ladder of ingredients."""
 
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -142,4 +141,5 @@ def test_the_budget_study_runs_and_its_table_has_every_rung(tmp_path, capsys):
     assert all(f"| {rung.name} | {rung.adds} |" in table for rung in RUNGS)
     assert "| teacher |" in table
     assert "no more parameters" in capsys.readouterr().out
-    assert Path(tmp_path / "lightcnn" / "report-budget_smoke-partial" / "results.csv").exists()
+    assert (tmp_path / "lightcnn" / "report-budget_smoke-partial" / "results.csv").exists()
+    assert (tmp_path / "lightcnn" / "report-budget_smoke-partial" / "plots" / "ladder.svg").exists()
