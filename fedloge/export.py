@@ -118,7 +118,7 @@ def own_figures(results: Mapping[str, Any], client: int) -> list[Mapping[str, An
 
 def limits_of(config: Config, client: int | None) -> list[str]:
     """What not to expect of the model."""
-    found = ["Trained for a study of methods, on one small data set; nothing is known of it on other pictures."]
+    found = ["Trained for a study of methods, on one data set; nothing is known of it on other pictures."]
     if client is not None:
         found.append("It is for one client's mix of classes: those that the client lacks it hardly ever predicts.")
     if client is not None and config.evaluate.class_mask:

@@ -61,7 +61,7 @@ def take(asked: argparse.Namespace) -> Portable:
         title=f"LightCNN, reproduced: {method}, seed {seed}" + (f", fold {asked.fold}" if asked.fold else ""),
         about=f"A network of {sum(p.numel() for p in network.parameters()):,} parameters, trained on "
               f"{facts['train_images']:,} images; {facts['validation_images']:,} more chose its epoch.",
-        limits=["Trained for a study of methods, on one small data set; nothing is known of it on other pictures."],
+        limits=["Trained for a study of methods, on one data set; nothing is known of it on other pictures."],
     )  # fmt: skip
 
 

@@ -51,6 +51,7 @@ def take(asked: argparse.Namespace) -> Portable:
     results, config = read_run(asked.run, "mdcs"), load(asked.run / "config.yaml", Config)
     data, facts, said = config.data, results["data"], load_model(asked.run / "model")[1]
     model, epoch = load_network(asked.run, config, len(said["classes"]), said["channels"], CPU)
+    model = model.to(memory_format=torch.contiguous_format)  # which float32 wants on a CPU
     architecture, name = architecture_of(config, len(said["classes"]), said["channels"]), "ensemble"
     if asked.expert is not None:
         if not 1 <= asked.expert <= config.experts:
@@ -75,7 +76,7 @@ def take(asked: argparse.Namespace) -> Portable:
 
 def limits_of(expert: int | None) -> list[str]:
     """What not to expect of the network."""
-    found = ["Trained for a study of methods, on one small data set; nothing is known of it on other pictures."]
+    found = ["Trained for a study of methods, on one data set; nothing is known of it on other pictures."]
     if expert is not None:
         found.append("An expert leans towards some classes on purpose; the ensemble is what the paper predicts with.")
     return [*found, "Its probabilities are not calibrated: `ece` is the calibration error, where it was measured."]

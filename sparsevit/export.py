@@ -44,7 +44,7 @@ def take(asked: argparse.Namespace) -> Portable:
         title=f"Sparse then prune, reproduced: {whose}, arm {config.method}",
         about=f"A vision transformer of {count_parameters(size):,} parameters ({len(size.blocks)} blocks, patches of "
               f"{size.patch} x {size.patch} pixels), fine-tuned on {results['data']['images']:,} images.",
-        limits=["Trained for a study of methods, on one small data set; nothing is known of it on other pictures.",
+        limits=["Trained for a study of methods, on one data set; nothing is known of it on other pictures.",
                 "Weights that were masked are zeros in a file of the same size; removed neurons and heads are gone."],
         centre=0.875 if data.name == "imagenet100" else 1.0,
     )  # fmt: skip
