@@ -150,7 +150,8 @@ def export_command(
     """
     package = Path(file).resolve().parent.name
     parser = parser_of(package, "export", "Write a run's network for other programs, with its card.", options)
-    parser.add_argument("--format", dest="formats", nargs="+", choices=USE, default=["safetensors"])
+    parser.add_argument("--format", dest="formats", nargs="+", choices=USE, default=["safetensors"],
+                        help="one or several (safetensors)")  # fmt: skip
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="what is written (RUN/export/<which network>)")
     asked = parser.parse_args(arguments)
     check_shared(file)
