@@ -18,7 +18,7 @@ from fedloge.algorithm import build_method
 from fedloge.config import Config, DenseEtfConfig, FedLoGeConfig
 from fedloge.federated import Server, live_state, load_client, message, start, train_client
 from fedloge.method import class_mask, etf_geometry, realign_global, realign_local
-from fedloge.model import Head, average_clients
+from fedloge.model import Head, Shape, average_clients
 from fedloge.problem import Problem, load_problem
 from shared import metrics
 from shared.checkpoint import load_model
@@ -57,14 +57,19 @@ def named(kind: str, variant: str) -> str:
 
 
 @torch.no_grad()
-def global_features(server: Server, problem: Problem, config: Config) -> Tensor:
-    """Features [N, d] float32 of all test images, by the global backbone in eval mode."""
-    network = server.network
+def load_generic(server: Server) -> None:
+    """Put the generic model's entries into the resident network."""
     overriding = server.method.generic_state(server)
-    for entry, tensor in live_state(network).items():
+    for entry, tensor in live_state(server.network).items():
         if entry in overriding or entry in server.state:
             tensor.copy_(overriding[entry] if entry in overriding else server.state[entry])
-    network.eval()
+
+
+@torch.no_grad()
+def global_features(server: Server, problem: Problem, config: Config) -> Tensor:
+    """Features [N, d] float32 of all test images, by the global backbone in eval mode."""
+    load_generic(server)
+    network = server.network.eval()
     device = problem.test.labels.device
     with autocast(device, config.precision):
         parts = [network.features(x).float() for x, _ in problem.test.evaluate(config.evaluate.batch_size)]
@@ -234,15 +239,14 @@ def cosines(weight: Tensor) -> list[list[float]]:
     return [[round(v, 4) for v in row] for row in (unit @ unit.T).cpu().tolist()]
 
 
-def load_server(folder: Path, config: Config, problem: Problem) -> Server:
+def load_server(folder: Path, config: Config, shape: Shape, device: torch.device) -> Server:
     """Build the server of a finished run from the model that the run saved.
 
     Raises:
         CheckpointError: the model is missing, damaged, or not that of the configuration.
     """
     tensors, description = load_model(folder / "model")
-    method = build_method(config, problem.shape)
-    server = start(method, config.clients.count, problem.test.labels.device)
+    server = start(build_method(config, shape), config.clients.count, device)
     wanted = {f"global.{e}": t for e, t in server.state.items()} | {f"client.{e}": t for e, t in server.private.items()}
     if set(wanted) != set(tensors) or any(wanted[name].shape != tensors[name].shape for name in wanted):
         raise CheckpointError(f"{folder / 'model'}: holds another network than the run's configuration describes")
@@ -265,7 +269,7 @@ def run_eval(arguments: Sequence[str]) -> int:
     problem = load_problem(config, device)
     if problem.digests != results["data"]["digests"]:
         raise RunError(f"{asked.run}: the data or its partition is not what the run was trained on")
-    server = load_server(asked.run, config, problem)
+    server = load_server(asked.run, config, problem.shape, device)
     figures = evaluate(server, problem, config)[0] | geometry(server, problem, config)[0]
     stated = {row["metric"]: row["value"] for row in results["figures"] if row["at"] in ("final", "once")}
     wrong = changed_figures(stated, figures)

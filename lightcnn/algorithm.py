@@ -11,7 +11,7 @@ from typing import Literal
 from lightcnn.augment import AnyWarp, Ranges, Warp
 from lightcnn.baselines import BASELINES, Baseline, ImageShape
 from lightcnn.budget import LayoutNet, Recipe
-from lightcnn.config import BaselineConfig, BudgetConfig, Config, TwoStageConfig, VariantConfig
+from lightcnn.config import BaselineConfig, BudgetConfig, Config, MethodConfig, TwoStageConfig, VariantConfig
 from lightcnn.fused import Stack, fuse, stack, unstack
 from lightcnn.method import STAGE1, Phase, fold_phases, unfreezing_schedule
 from lightcnn.model import merge
@@ -80,10 +80,25 @@ METHODS: tuple[str, ...] = ("two_stage", *VARIANTS, *BASELINES, "budget")
 
 def settings_of(config: Config) -> TwoStageConfig:
     """The two-stage method's choices under the configuration's method, which is not a baseline."""
-    if isinstance(config.method, TwoStageConfig):
-        return config.method
-    assert isinstance(config.method, VariantConfig)
-    return TwoStageConfig.model_validate({"name": "two_stage", **VARIANTS[config.method.name]})
+    assert isinstance(config.method, TwoStageConfig | VariantConfig)
+    return choices_of(config.method)
+
+
+def choices_of(method: TwoStageConfig | VariantConfig) -> TwoStageConfig:
+    """The two-stage method's choices under one of its names."""
+    if isinstance(method, TwoStageConfig):
+        return method
+    return TwoStageConfig.model_validate({"name": "two_stage", **VARIANTS[method.name]})
+
+
+def network_of(method: MethodConfig, shape: ImageShape) -> Network:
+    """The kind of network that a method ends with."""
+    if isinstance(method, BaselineConfig):
+        return BASELINES[method.name].build(shape)
+    if isinstance(method, BudgetConfig):
+        merged = method.layout == "merged"
+        return Merged(*shape, "relu") if merged else Modules(lambda seed: LayoutNet(method.layout, shape, seed))
+    return Merged(*shape, choices_of(method).head_activation)
 
 
 def plan(config: Config, problem: Problem) -> list[Step]:
@@ -105,7 +120,7 @@ def two_stage(config: Config, settings: TwoStageConfig, shape: ImageShape) -> li
     phase = replace(STAGE1, epochs=config.stage1.epochs, patience=config.stage1.patience)
     steps = [Step(phase, submodels, first_submodels(submodels), pair, BRANCHES, "best", config.batch_size)]
 
-    merged, begin = Merged(*shape, settings.head_activation), merge_branches(submodels, settings)
+    merged, begin = network_of(settings, shape), merge_branches(submodels, settings)
     for phase in stage2_phases(config, settings):
         steps.append(Step(phase, merged, begin, (CLEAN,), (phase.name,), "early_stopping", config.batch_size))
         begin = carry_on
@@ -154,7 +169,7 @@ def carry_on(points: Points, lanes: Sequence[Lane]) -> Stack:
 
 def baseline_step(config: Config, baseline: Baseline, shape: ImageShape) -> Step:
     """One network in one go, for at most as many epochs as both stages have; its best epoch on validation is kept."""
-    network = baseline.build(shape)
+    network = network_of(config.method, shape)
     epochs = min(config.plain.epochs or nominal_epochs(config), baseline.max_epochs or sys.maxsize)
     cycle = baseline.optimizer == "one_cycle"
     phase = Phase(
@@ -174,8 +189,7 @@ def baseline_step(config: Config, baseline: Baseline, shape: ImageShape) -> Step
 
 def budget_step(method: BudgetConfig, shape: ImageShape) -> Step:
     """One network in one go, with the recipe that the configuration states; its best epoch on validation is kept."""
-    merged, cycle = method.layout == "merged", method.optimizer == "one_cycle"
-    network = Merged(*shape, "relu") if merged else Modules(lambda seed: LayoutNet(method.layout, shape, seed))
+    network, cycle = network_of(method, shape), method.optimizer == "one_cycle"
     ranges = Ranges(method.rotation, method.zoom, method.shift / shape.image_size, flip=method.flip)
     warped = method.rotation or method.zoom
     phase = Phase("train", network.groups, "sgd" if cycle else "nadam", method.epochs, patience=0)

@@ -114,14 +114,16 @@ def mean_of(per_class: Tensor) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
-def load_network(folder: Path, config: Config, problem: Problem, device: torch.device) -> tuple[MultiExpert, int]:
+def load_network(
+    folder: Path, config: Config, num_classes: int, channels: int, device: torch.device
+) -> tuple[MultiExpert, int]:
     """The network that a run saved, and its epoch.
 
     Raises:
         CheckpointError: the model is missing, damaged, or not that of the configuration.
     """
     tensors, description = load_model(folder / "model")
-    model = build_model(architecture(config, len(problem.classes), problem.channels), seed=0)
+    model = build_model(architecture(config, num_classes, channels), seed=0)
     wanted = model.state_dict()
     if set(wanted) != set(tensors) or any(wanted[name].shape != tensors[name].shape for name in wanted):
         raise CheckpointError(f"{folder / 'model'}: holds another network than the run's configuration describes")
@@ -145,7 +147,7 @@ def run_eval(arguments: Sequence[str]) -> int:
         raise RunError(f"{asked.run}: was trained on other class counts than the data has now; groups would be wrong")
     if problem.digests != stated_data.get("digests"):
         raise RunError(f"{asked.run}: the data is not what the run was trained on")
-    model, epoch = load_network(asked.run, config, problem, device)
+    model, epoch = load_network(asked.run, config, len(problem.classes), problem.channels, device)
     figures = evaluate(model, problem, config).figures
     stated = {row["metric"]: row["value"] for row in results["figures"] if row["at"] == config.headline}
     wrong = changed_figures(stated, figures)

@@ -5,7 +5,6 @@ average is folded into the bias that follows them; without means they are taken 
 """
 
 import copy
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -138,23 +137,3 @@ def _cut(linear: nn.Linear, kept: Tensor, rows: bool) -> None:
         linear.bias, linear.out_features = nn.Parameter(linear.bias.detach()[kept].clone()), len(kept)
     else:
         linear.in_features = len(kept)
-
-
-def export_onnx(network: Vit, path: Path) -> None:
-    """Write an ONNX file with inputs `images` of any batch size and outputs `logits`, attention fused or not.
-
-    Raises:
-        ConfigError: torch's exporter is not complete here (the optional dependencies `onnx`).
-    """
-    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
-        raise ConfigError("ONNX export: needs onnx and onnxscript; install the optional dependencies 'onnx'")
-    size = network.size
-    images = torch.zeros(2, size.channels, size.image, size.image)
-    batch = torch.export.Dim("batch")
-    exported = torch.onnx.export(
-        network.cpu().eval(), (images,), dynamo=True, input_names=["images"], output_names=["logits"],
-        dynamic_shapes=({0: batch},), verbose=False,
-    )  # fmt: skip
-    assert exported is not None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    exported.save(str(path))

@@ -17,7 +17,7 @@ PAPERS = ("fedloge", "mdcs", "lightcnn", "sparsevit")
 PACKAGES = [name for name in PAPERS if (REPOSITORY / name / "__init__.py").exists()]
 ROOTS = ["shared", *PACKAGES, *(["benchmarks"] if (REPOSITORY / "benchmarks").exists() else [])]
 FILES = sorted(path for root in ROOTS for path in (REPOSITORY / root).rglob("*.py"))
-SLOW_IMPORTS = {"torchvision", "matplotlib", "PIL", "rich"}
+SLOW_IMPORTS = {"torchvision", "matplotlib", "PIL", "rich", "onnxruntime"}
 MODULES = {"pillow": "PIL", "pyyaml": "yaml"}  # a distribution's module, where the name differs
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_SHARED_LINES = 350, 60, 2000
 
@@ -60,7 +60,8 @@ def at_import(tree: ast.Module) -> Iterator[ast.AST]:
 
 def dependencies() -> set[str]:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    names = {re.match(r"[\w.-]+", item)[0].lower() for item in project["dependencies"]}
+    optional = [item for items in project["optional-dependencies"].values() for item in items]
+    names = {re.match(r"[\w.-]+", item)[0].lower() for item in [*project["dependencies"], *optional]}
     return {MODULES.get(name, name.replace("-", "_")) for name in names} | (
         {"PIL"} if "torchvision" in names else set()
     )
@@ -195,6 +196,8 @@ def test_a_package_has_the_rooms_that_all_have(package):
         "train.py",
         "eval.py",
         "reproduce.py",
+        "export.py",
+        "predict.py",
         "configs",
     }
     assert {name for name in rooms if not (REPOSITORY / package / name).exists()} == set()
@@ -214,7 +217,7 @@ def test_a_method_file_has_the_ideas_and_no_training(package):
 @pytest.mark.parametrize("package", PACKAGES)
 def test_an_installed_package_has_its_commands(package):
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    for command in ("train", "eval", "reproduce"):
+    for command in ("train", "eval", "reproduce", "export", "predict"):
         assert project["project"]["scripts"][f"{package}-{command}"] == f"{package}.{command}:main"
     assert package in project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 

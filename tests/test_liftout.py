@@ -1,4 +1,4 @@
-"""The trunk may be cut: one package and `shared`, copied into an empty folder, train there."""
+"""The trunk may be cut: one package and `shared`, copied into an empty folder, train and export there."""
 
 import shutil
 
@@ -27,6 +27,9 @@ def test_a_package_and_shared_in_an_empty_folder_train(tmp_path, repository, pap
     done = python("-m", f"{package}.train", "--config", "smoke", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "runs" / package).glob("*/results.json"))
+    (run,) = (tmp_path / "runs" / package).glob("smoke-*")
+    assert python("-m", f"{package}.export", str(run), "--out", "model", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "model" / "README.md").exists()
     found = python("-c", CHECK, f"{package}.train", "--config", "smoke", cwd=tmp_path)  # reports the finished run
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines()[-1] == f"shared: {(tmp_path / 'shared' / '__init__.py').resolve()}"

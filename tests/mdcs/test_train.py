@@ -232,7 +232,9 @@ def test_in_thirty_steps_the_loss_falls_and_the_experts_priors_are_ordered_as_th
     run_of(tmp_path / "run", config)
     losses = [row["loss"] for row in read_metrics(tmp_path / "run", "epoch")]
     assert losses[-1] < 0.5 * losses[0]
-    model, epoch = eval_module.load_network(tmp_path / "run", config, on_synthetic, CPU)
+    model, epoch = eval_module.load_network(
+        tmp_path / "run", config, len(on_synthetic.classes), on_synthetic.channels, CPU
+    )
     model.eval()
     images = torch.cat([images for images, _ in on_synthetic.test.evaluate(500)])
     with torch.no_grad():
@@ -657,7 +659,7 @@ def test_a_run_in_bfloat16_wide_enough_to_show_the_order_of_bytes_is_evaluated_t
     assert "figures of the last epoch are those of results.json" in capsys.readouterr().out
     tensors, _ = load_model(folder / "model")
     config = load(folder / "config.yaml", Config)
-    model, _ = eval_module.load_network(folder, config, problem_module.load_problem(config, CPU), CPU)
+    model, _ = eval_module.load_network(folder, config, 10, 1, CPU)
     assert all(value.equal(tensors[name]) for name, value in model.state_dict().items())
 
 

@@ -10,7 +10,6 @@ import torch
 from shared.batches import Resident
 from shared.checkpoint import load_model, save_model
 from shared.config import dump
-from shared.errors import ConfigError
 from sparsevit import eval as evaluation
 from sparsevit import latency
 from sparsevit.baselines import wanda_masks
@@ -18,7 +17,7 @@ from sparsevit.latency import time_networks, variants_of
 from sparsevit.measure import accuracies, calibrate, masked, observations, ratio_figures, sizes
 from sparsevit.method import attention_entropy, attention_penalty, global_magnitude_masks, neuron_scores, prunable
 from sparsevit.model import arch_size, build, count_macs, uniform_size
-from sparsevit.shrink import export_onnx, remove_heads, remove_neurons, save_network
+from sparsevit.shrink import remove_heads, remove_neurons, save_network
 
 CPU = torch.device("cpu")
 
@@ -273,23 +272,3 @@ def test_masking_to_zero_is_removing_without_means(lab):
     with torch.no_grad():
         masked_out, removed = (variants[f"50 % neurons {how}"](images) for how in ("masked", "removed"))
     assert torch.allclose(masked_out, removed, atol=1e-5)
-
-
-def test_an_onnx_file_of_a_smaller_network_gives_its_logits(lab, tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    small = remove_heads(remove_neurons(lab.network(), {0: [1, 4, 7]}), {1: [2]})
-    export_onnx(small, tmp_path / "small.onnx")
-    session = runtime.InferenceSession(str(tmp_path / "small.onnx"))
-    for count in (1, 5):
-        images = lab.images(count)
-        (logits,) = session.run(None, {"images": images.numpy()})
-        assert torch.allclose(torch.from_numpy(logits), small(images), atol=1e-4)
-
-
-def test_onnx_export_without_its_dependencies_is_refused_in_one_line(lab, tmp_path, monkeypatch):
-    import importlib.util
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="optional dependencies 'onnx'"):
-        export_onnx(lab.network(), tmp_path / "x.onnx")

@@ -1,0 +1,100 @@
+"""Picture files of any size and mode become what a network takes; what is no picture is refused in one line."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shared.errors import DataError
+from shared.predict import read_image
+
+AS_IT_IS = {"centre": 1.0, "resample": "bilinear"}
+GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+COLOUR = np.stack([GREY, GREY.T, 255 - GREY], axis=-1)
+
+
+def saved(tmp_path, image, name="picture.png", **options):
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def with_alpha(values, alpha):
+    channels = values if values.ndim == 3 else values[..., None]
+    return np.concatenate([channels, np.full((8, 8, 1), alpha, np.uint8)], axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("image", "name"),
+    [
+        (Image.fromarray(GREY), "picture.png"),
+        (Image.fromarray(GREY.astype(np.uint16) * 257), "picture.png"),  # 16 bits
+        (Image.fromarray(GREY.astype(np.int32) * 257), "picture.tiff"),
+        (Image.fromarray(with_alpha(GREY, 255)), "picture.png"),
+        (Image.fromarray(GREY).convert("P"), "picture.png"),
+        (Image.fromarray(GREY).convert("RGB"), "picture.bmp"),
+        (Image.fromarray(GREY).convert("RGBA"), "picture.webp"),
+    ],
+    ids=["L", "I;16", "I", "LA", "P", "RGB", "RGBA"],
+)
+def test_a_grey_picture_is_the_same_in_every_mode(tmp_path, image, name):
+    path = saved(tmp_path, image, name, **({"lossless": True} if name.endswith("webp") else {}))
+    assert read_image(path, 1, 8, AS_IT_IS).equal(torch.from_numpy(GREY)[None])
+    assert read_image(path, 3, 8, AS_IT_IS).equal(torch.from_numpy(GREY).expand(3, 8, 8))
+
+
+def test_the_colours_of_a_picture_are_its_channels(tmp_path):
+    wanted = torch.from_numpy(COLOUR).permute(2, 0, 1)
+    assert read_image(saved(tmp_path, Image.fromarray(COLOUR)), 3, 8, AS_IT_IS).equal(wanted)
+    path = saved(tmp_path, Image.fromarray(COLOUR).convert("CMYK"), "picture.tiff")
+    assert (read_image(path, 3, 8, AS_IT_IS).int() - wanted.int()).abs().max() <= 1
+    grey = read_image(path, 1, 8, AS_IT_IS)[0].numpy()
+    assert np.abs(grey - COLOUR @ [0.299, 0.587, 0.114]).max() < 2
+
+
+@pytest.mark.parametrize(("values", "channels"), [(GREY, 1), (COLOUR, 3)], ids=["LA", "RGBA"])
+def test_what_is_transparent_is_white(tmp_path, values, channels):
+    clear = read_image(saved(tmp_path, Image.fromarray(with_alpha(values, 0))), channels, 8, AS_IT_IS)
+    assert bool((clear == 255).all())
+    half = read_image(saved(tmp_path, Image.fromarray(with_alpha(values, 128))), channels, 8, AS_IT_IS)
+    assert half.float().mean() == pytest.approx((values.mean() + 255) / 2, abs=1.5)
+
+
+def test_a_transparent_colour_of_a_palette_is_white(tmp_path):
+    path = saved(tmp_path, Image.fromarray(np.zeros((8, 8), np.uint8), "P"), "picture.gif", transparency=0)
+    assert bool((read_image(path, 1, 8, AS_IT_IS) == 255).all())
+
+
+def test_a_picture_is_turned_as_its_camera_says(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held upright: turn by a quarter, clockwise
+    path = saved(tmp_path, Image.fromarray(GREY), exif=turned)
+    assert read_image(path, 1, 8, AS_IT_IS)[0].equal(torch.from_numpy(GREY).rot90(-1))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (500, 3), (900, 700)])
+def test_a_picture_of_any_size_fits(tmp_path, size):
+    path = saved(tmp_path, Image.new("RGB", size, (10, 20, 30)))
+    for preparation in (AS_IT_IS, {"centre": 0.875, "resample": "box"}):
+        found = read_image(path, 3, 14, preparation)
+        assert found.equal(torch.tensor([10, 20, 30], dtype=torch.uint8).view(3, 1, 1).expand(3, 14, 14))
+
+
+def test_the_middle_of_a_wide_picture_is_taken_and_shrunk_by_means_as_in_training(tmp_path):
+    wide = np.zeros((8, 24), np.uint8)
+    wide[:, 8:16] = GREY
+    found = read_image(saved(tmp_path, Image.fromarray(wide)), 1, 4, {"centre": 1.0, "resample": "box"})
+    means = torch.nn.functional.avg_pool2d(torch.from_numpy(GREY)[None].float(), 2)
+    assert (found.float() - means).abs().max() <= 0.5
+
+
+def test_what_is_no_picture_is_refused_in_one_line(tmp_path):
+    (tmp_path / "text.png").write_text("not a picture\nat all")
+    whole = saved(tmp_path, Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)))
+    (tmp_path / "short.png").write_bytes(whole.read_bytes()[:900])
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "float.tiff")
+    for name, reason in {"text.png": "is not a picture", "short.png": "is not a picture", "float.tiff": "known range",
+                         "none.png": "there is no such file", ".": "is not a picture"}.items():  # fmt: skip
+        with pytest.raises(DataError, match=reason) as refused:
+            read_image(tmp_path / name, 1, 8, AS_IT_IS)
+        assert str(refused.value).startswith(f"{tmp_path / name}: ")
+        assert "\n" not in str(refused.value)
