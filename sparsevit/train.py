@@ -120,11 +120,12 @@ def finish(run: "Run[Config]", fit: "Fit", prunings: "Sweep", figures: dict[str,
     final, details = described(prunings)
     final |= figures | derived(figures, config)
     once = constants(config, network, run.folder)
+    held_out = {}
     if problem.val is not None:
-        final["val.accuracy"] = accuracies([network], problem.val, config.eval_batch_size, config.precision)[0]
+        held_out["val.accuracy"] = accuracies([network], problem.val, config.eval_batch_size, config.precision)[0]
     rows = [
         {"at": at, "split": split, "metric": name, "value": value}
-        for at, split, values in (("final", "test", final), ("once", "-", once))
+        for at, split, values in (("final", "test", final), ("final", "validation", held_out), ("once", "-", once))
         for name, value in values.items()
     ]
     return run.finish(
