@@ -31,6 +31,7 @@ check: setup ## lint, types, generated tables, and the whole suite
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python results/tables.py --check
+	$(BIN)/python results/check.py
 	$(BIN)/python -m pytest
 
 reproduce: reproduce-fedloge reproduce-mdcs ## every paper whose study is published
