@@ -25,7 +25,7 @@ class StudyPart:
     def __init__(self, path: Path, paper: str, titles: Mapping[str, str]) -> None:
         self.path, self.folder, self.titles = path, path.parent, titles
         self.single = path.name == "runs.csv"
-        self.lines: LINES = read_lines(path)[1]
+        self.lines: LINES = read_lines(path)[1] if path.exists() else ()
         summary = table_of(self.folder / "summary.md")[1:]
         known = f"{paper}, `{'single runs' if self.single else self.folder.name}`"
         self.name = summary[0][0] if summary and not self.single else known
@@ -37,9 +37,11 @@ class StudyPart:
 
     @property
     def command(self) -> str:
-        """What makes the study: the command of its rows of the whole, else of its first run."""
-        of_study = [line["command"] for line in self.lines if line["method"] == "study"]
-        return [*of_study, self.lines[0]["command"]][0]
+        """What makes the study: the command of its rows of the whole or in its texts, else of its first run."""
+        found = [line["command"] for line in self.lines if line["method"] == "study"]
+        texts = [] if self.single else [text for _, text in self._texts()]
+        found += [command for text in texts for command in re.findall(r"`(python -m \w+\.reproduce[^`]*)`", text)]
+        return [*found, *(line["command"] for line in self.lines), "make reproduce"][0]
 
     def headlines(self) -> list[list[str]]:
         """paper, claim, paper's number, ours, n, verdict of its headline claims."""
@@ -61,13 +63,14 @@ class StudyPart:
         file = self.path.relative_to(self.path.parents[1 if self.single else 2])
         title = "Single runs" if self.single else f"Study {self.label}"
         lines = [f'<section class="study" id="{self.identifier}"><h3>{parts.inline(title)}</h3>']
-        lines.append(
-            f"<p>{_count(len(methods), 'method')}, {_count(len(seeds), 'seed')}, {len(self.lines):,} figures in "
-            f'<a href="../{file.as_posix()}">{escape(file.as_posix())}</a>.</p>'
-        )
+        if self.lines:
+            lines.append(
+                f"<p>{_count(len(methods), 'method')}, {_count(len(seeds), 'seed')}, {len(self.lines):,} figures in "
+                f'<a href="../{file.as_posix()}">{escape(file.as_posix())}</a>.</p>'
+            )
         texts = [] if self.single else self._texts()
         lines += [self._text(name, text) for name, text in texts]
-        if not any(name == "methods" for name, _ in texts):
+        if self.lines and not any(name == "methods" for name, _ in texts):
             lines.append(self._figures())
         plots = [] if self.single else sorted((self.folder / "plots").glob("*.svg"))
         if plots:

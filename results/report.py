@@ -38,11 +38,17 @@ class PaperPart:
         self.title, self.citation = next(iter(self.texts.items()))
         self.name = self.title.partition(":")[0]
         titles, folder = parts.image_titles(readme), root / "results" / paper
-        found = [*sorted(folder.glob("*/results.csv")), *folder.glob("runs.csv")]
+        studies = sorted({path.parent for kind in ("csv", "md") for path in folder.glob(f"*/*.{kind}")})
+        found = [*(study / "results.csv" for study in studies), *folder.glob("runs.csv")]
         self.studies = [StudyPart(path, self.name, titles) for path in found]
         self.studies.sort(key=lambda study: -len(study.headlines()))  # what says most first
         bench = folder / "benchmarks.md"
         self.benchmark = BenchmarkPart(bench) if bench.exists() else None
+
+    @property
+    def published(self) -> bool:
+        """Whether there are figures of it; a choice made before a study has none."""
+        return any(study.lines for study in self.studies)
 
     def verdicts(self) -> Counter[str]:
         """How many of its headline claims have which verdict."""
@@ -53,7 +59,7 @@ class PaperPart:
         listed = [(study.identifier, study.label) for study in self.studies]
         listed += [(f"{self.paper}-benchmarks", "Benchmarks")] if self.benchmark else []
         listed += [(f"{self.paper}-{key}", name) for key, name, starts in _KINDS if parts.section(self.texts, *starts)]
-        return [*listed, (f"{self.paper}-environment", "Environment")] if self.studies else listed
+        return [*listed, (f"{self.paper}-environment", "Environment")] if self.published else listed
 
     def html(self) -> str:
         """The paper's part of the page."""
@@ -61,7 +67,7 @@ class PaperPart:
         lines += [f'<h2 id="{self.paper}-name">{parts.inline(self.title)}</h2>']
         lines += [f'<div class="lead">{parts.prose(self.citation, 3, self.base)}</div>']
         lines += [self._prose(text, 3) for _, text in parts.section(self.texts, *INTRODUCTION)]
-        if not self.studies:
+        if not self.published:
             lines.append(f'<p class="note">{NOT_PUBLISHED.format(name=escape(self.name))}</p>')
         lines += [study.html() for study in self.studies]
         if self.benchmark:
@@ -85,7 +91,7 @@ class PaperPart:
         return f'<div class="prose">{parts.prose(text, level, self.base)}</div>'
 
     def _environment(self) -> str:
-        if not self.studies:
+        if not self.published:
             return ""
         rows = [["of", "device", "precision", "torch", "commit", "command"]]
         rows += [row for study in self.studies for row in study.environment()]
@@ -110,7 +116,10 @@ def build(root: Path) -> str:
         DataError: a README or a published file that the page shows is missing or damaged, or the page is too large.
     """
     papers = [PaperPart(root, paper) for paper in PAPERS]
-    papers.sort(key=lambda paper: not paper.studies)  # those with something to show first
+    told = _read(root / "README.md")
+    papers.sort(
+        key=lambda paper: (not paper.published, told.find(f"{paper.paper}/README.md"))
+    )  # first what shows something
     style = _read(Path(__file__).parent / "page.css")
     main = "\n".join([_summary(root, papers), *(paper.html() for paper in papers)])
     page = f"""<!DOCTYPE html>

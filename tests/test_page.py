@@ -298,3 +298,25 @@ def test_an_interval_is_drawn_where_there_is_one_in_points(text, kind):
     (drawn, *_) = parts.interval_marks([text, *usual])
     assert kind in drawn if kind else drawn == ""
     assert ('class="dot"' in drawn) == (kind == "dot")
+
+
+def test_a_choice_made_before_a_study_is_shown_but_is_no_result(small):
+    folder = small / "results" / "sparsevit" / "mini_choice"
+    folder.mkdir(parents=True)
+    made = "python -m sparsevit.reproduce --config mini --study choose"
+    (folder / "choice.md").write_text(
+        f"The rule. `{made}`.\n\n| arm | value |\n| --- | --- |\n| l1 | 0.1 |\n\n- l1: 0.1\n"
+    )
+    built = report.build(small)
+    found = read(built)
+    assert found.wrong == []
+    assert "Choice of coefficients" in found.text
+    assert f"Made by <code>{made}</code>" in built
+    assert "No study of SparseViT is published yet" in found.text
+
+
+def test_papers_with_results_come_first_in_the_order_of_the_readme(small):
+    (small / "results" / "fedloge").rename(small / "results" / "mdcs")
+    assert [x["id"] for tag, x in read(report.build(small)).tags if tag == "section" and x.get("class") == "paper"] == [
+        "mdcs", "fedloge", "lightcnn", "sparsevit",
+    ]  # fmt: skip
