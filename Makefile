@@ -7,7 +7,7 @@ BIN    := .venv/bin
 UV     := $(shell command -v uv || echo .uv/bin/uv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check reproduce reproduce-fedloge reproduce-mdcs reproduce-lightcnn reproduce-sparsevit bench tables schema lock
+.PHONY: help setup test check reproduce reproduce-fedloge reproduce-mdcs reproduce-lightcnn reproduce-sparsevit bench tables report schema lock
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,11 +26,13 @@ setup: .venv/ready ## make the locked environment in .venv (installs uv if it is
 test: setup ## the whole suite (what CI runs)
 	$(BIN)/python -m pytest
 
-check: setup ## lint, types, generated tables, and the whole suite
+check: setup ## lint, types, published figures with their tables and page, and the whole suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python results/tables.py --check
+	$(BIN)/python results/check.py
+	$(BIN)/python results/report.py --check
 	$(BIN)/python -m pytest
 
 reproduce: reproduce-fedloge reproduce-mdcs ## every paper whose study is published
@@ -56,6 +58,9 @@ bench: setup ## speed and memory, as ratios in one run
 
 tables: setup ## write the READMEs' tables anew from results/
 	$(BIN)/python results/tables.py
+
+report: setup ## one page of all results, results/report/index.html
+	$(BIN)/python results/report.py
 
 schema: setup ## JSON schemas of the configurations, for editors, in schemas/
 	@mkdir -p schemas

@@ -135,8 +135,14 @@ def dump(config: Section) -> str:
 
 
 def schema(model: type[Section]) -> str:
-    """JSON schema of a configuration, for editors."""
-    return json.dumps(model.model_json_schema(), indent=1) + "\n"
+    """JSON schema of a configuration, for editors: of what a file may say, a kind by its name alone included."""
+    found = model.model_json_schema()
+    by_name = {f for v in model.__pydantic_decorators__.field_validators.values() for f in v.info.fields}
+    for name, field in found["properties"].items():
+        if name in by_name and "discriminator" in field:  # the model takes the name for {name: ...}
+            short = {"type": "string", "enum": sorted(field["discriminator"]["mapping"])}
+            field["anyOf"] = [short, {"oneOf": field.pop("oneOf")}]
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **found}, indent=1) + "\n"
 
 
 def differences(old: Section, new: Section) -> list[str]:

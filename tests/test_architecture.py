@@ -15,7 +15,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAPERS = ("fedloge", "mdcs", "lightcnn", "sparsevit")
 PACKAGES = [name for name in PAPERS if (REPOSITORY / name / "__init__.py").exists()]
-ROOTS = ["shared", *PACKAGES, *(["benchmarks"] if (REPOSITORY / "benchmarks").exists() else [])]
+SCRIPTS = {"benchmarks": set[str](), "results": {"markdown_it"}}  # folder -> what it may import of the dev group
+ROOTS = ["shared", *PACKAGES, *(name for name in SCRIPTS if (REPOSITORY / name).exists())]
 FILES = sorted(path for root in ROOTS for path in (REPOSITORY / root).rglob("*.py"))
 SLOW_IMPORTS = {"torchvision", "matplotlib", "PIL", "rich", "onnxruntime"}
 MODULES = {"pillow": "PIL", "pyyaml": "yaml"}  # a distribution's module, where the name differs
@@ -76,8 +77,8 @@ def test_there_is_something_to_check():
 def test_a_file_imports_its_own_package_shared_and_declared_dependencies_only(path):
     root = path.relative_to(REPOSITORY).parts[0]
     ours = {"shared"} if root == "shared" else {"shared", root}
-    if root == "benchmarks":  # scripts: they may use all packages and the scripts beside them
-        ours = {"shared", *PACKAGES, *(other.stem for other in path.parent.glob("*.py"))}
+    if root in SCRIPTS:  # they may use all packages and the scripts beside them
+        ours = {"shared", *PACKAGES, *(other.stem for other in path.parent.glob("*.py")), *SCRIPTS[root]}
     allowed = ours | dependencies() | set(sys.stdlib_module_names)
     assert [found for found in imports_of(tree_of(path)) if found[1] not in allowed] == []
 
