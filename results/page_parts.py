@@ -57,7 +57,9 @@ def _markdown(base: str) -> MarkdownIt:
 
     def link_open(renderer: Any, tokens: Sequence[Any], index: int, options: Any, env: Any) -> str:
         target = str(tokens[index].attrs.get("href", ""))
-        if not re.match(r"\w+:|#", target):
+        if target.startswith("#"):  # a heading of the README, which may not be on the page
+            target = f"README.md{target}"
+        if not re.match(r"\w+:", target):
             target = posixpath.normpath(posixpath.join(base, target))
         return f'<a href="{escape(target)}">'
 
