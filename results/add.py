@@ -5,14 +5,12 @@ Writes the rows of each run to `results/<paper>/runs.csv`, all or nothing. A stu
 """
 
 import argparse
-import json
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from check import KEY, duplicate_problems
 from csv_schema import PAPERS, RESULTS, format_problems, read_lines
@@ -21,7 +19,7 @@ from run_commands import command_problem
 from shared.cli import run_main
 from shared.errors import RunError
 from shared.report import Row, read_rows, rows_of, write_rows
-from shared.run import read_results
+from shared.run import read_mapping, read_results
 
 RESULTS_FOLDER = Path(__file__).resolve().parent
 
@@ -35,7 +33,7 @@ def rows_of_run(folder: Path, name: str | None = None) -> list[Row]:
     results = read_results(folder)
     if results.get("paper") not in PAPERS:
         raise RunError(f"{folder}: is a run of {results.get('paper')!r}; the papers here are {', '.join(PAPERS)}")
-    made = _environment(folder)
+    made = read_mapping(folder / "environment.json", "has no environment.json that says which commit made it")
     if made.get("dirty") is not False:
         raise RunError(f"{folder}: was made with changes that are in no commit; commit them and run it again")
     if results.get("commit") != made.get("commit"):
@@ -111,19 +109,6 @@ def main(arguments: Sequence[str]) -> int:
         write_rows(path, rows)
         print(f"{path.relative_to(RESULTS_FOLDER.parent)}: {len(rows):,} rows; make report writes the page anew")
     return 0
-
-
-def _environment(folder: Path) -> dict[str, Any]:
-    path = folder / "environment.json"
-    try:
-        found = json.loads(path.read_bytes())
-    except OSError:
-        raise RunError(f"{folder}: has no environment.json that says which commit made it") from None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise RunError(f"{path}: is damaged (no mapping in JSON)")
-    return found
 
 
 if __name__ == "__main__":

@@ -191,16 +191,24 @@ def folder_name(config_name: str, method: str, seed: int, overrides: Iterable[st
 
 def read_results(folder: Path) -> dict[str, Any]:
     """The results of a finished run; RunError if it is not finished or the file is damaged."""
-    path = folder / "results.json"
+    return read_mapping(
+        folder / "results.json",
+        "is not a finished run (no results.json in it)",
+        "; delete it to make the run finish again",
+    )
+
+
+def read_mapping(path: Path, missing: str, hint: str = "") -> dict[str, Any]:
+    """A JSON mapping of a run's folder; RunError: its folder `missing`, or the file is damaged and `hint` mends it."""
     try:
-        results = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except OSError:
-        raise RunError(f"{folder}: is not a finished run (no results.json in it)") from None
+        raise RunError(f"{path.parent}: {missing}") from None
     except ValueError:
-        results = None
-    if not isinstance(results, dict):
-        raise RunError(f"{path}: is damaged (no mapping in JSON); delete it to make the run finish again")
-    return results
+        found = None
+    if not isinstance(found, dict):
+        raise RunError(f"{path}: is damaged (no mapping in JSON){hint}")
+    return found
 
 
 def read_run(folder: Path, paper: str) -> dict[str, Any]:
