@@ -22,8 +22,8 @@ from sparsevit.config import Config
 GRID: dict[str, tuple[float, ...]] = {
     "l1": (5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3),
     "group": (2.5e-3, 5e-3, 1e-2, 1.5e-2, 2e-2, 4e-2),
-    "ffn_log": (0.3, 1.0, 3.0, 10.0),
-    "attn_sparse": (0.03, 0.1, 0.3, 1.0),
+    "ffn_log": (0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+    "attn_sparse": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
 }
 SEEDS = (100, 101, 102)
 BOUND = 0.005  # of the accuracy on the held-out images, a share

@@ -55,9 +55,12 @@ def attention_penalty(attention: Tensor) -> Tensor:
 
 
 def attention_entropy(attention: Tensor) -> Tensor:
-    """Mean over rows of -sum a ln a in nats, from 0 (one-hot) to ln N (uniform); [B, H, N, N] -> scalar."""
+    """Mean over rows of -sum a ln a in nats, from 0 (one-hot) to ln N (uniform); [B, H, N, N] -> scalar.
+
+    The gradient is finite also where a softmax has run into 0, where that of `xlogy` is not.
+    """
     a = at_least_float32(attention)
-    return -torch.xlogy(a, a).sum(-1).mean()
+    return -(a * a.clamp_min(torch.finfo(a.dtype).tiny).log()).sum(-1).mean()
 
 
 def activation_penalty(hidden: Tensor) -> Tensor:

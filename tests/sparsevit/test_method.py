@@ -96,6 +96,14 @@ def test_entropy_is_that_of_uniform_and_one_hot_rows():
     assert float(attention_entropy(torch.eye(8)[None, None])) == 0
 
 
+def test_the_entropy_of_a_softmax_that_ran_into_zero_has_a_finite_gradient():
+    logits = (300 * torch.eye(8))[None, None].requires_grad_()
+    attention = torch.softmax(logits, -1)
+    assert (attention == 0).any()
+    attention_entropy(attention).backward()
+    assert logits.grad.isfinite().all()
+
+
 def test_mean_l1_of_attention_is_a_constant_without_gradient():
     logits = draw(2, 3, 17, 17, dtype=torch.float64).requires_grad_()
     value = attention_l1(torch.softmax(logits, -1))
