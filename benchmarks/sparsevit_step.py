@@ -1,10 +1,10 @@
 """What the published penalty, removed neurons and a sweep cost: `python benchmarks/sparsevit_step.py`.
 
-All sides are measured by turns (A B A B ...), after turns that are not counted: medians, and quartiles of the turns'
-ratios. Random weights and pixels, for the time depends on neither.
+All sides are measured by turns (A B A B ...), after turns that are not counted: medians, and quartiles of the ratios.
+Random weights and pixels, for the time depends on neither.
 
 step     a fine-tuning step of ViT-B/16 at 224 pixels, 8 images, with 0.01 R: ours (`sparsevit.fit`, with its batches
-         and its look at the loss) against `published_forward` below. Target: 1.3 times as fast
+         and its look at the loss) against `published_forward` below, in both precisions. Target: 1.3 times as fast
 memory   the same: what a step adds to the memory of a process that holds the weights, each side in a process of its
          own; and the bytes that the forward pass keeps for the backward pass. Target: 0.6 of the memory
 removal  images a second without half of the neurons and half of the heads, against all. Target: 1.8 times as many
@@ -18,9 +18,9 @@ penalty and the same gradients of both. Dropout is off on both sides. Measure on
 """
 
 import argparse
+import functools
 import json
 import os
-import resource
 import subprocess
 import sys
 import weakref
@@ -38,7 +38,7 @@ from torch.nn import functional
 from shared.batches import Resident
 from shared.cli import find_config
 from shared.config import load
-from shared.gpu import setup, stream
+from shared.gpu import Precision, autocast, peak_memory, setup, stream
 from sparsevit.algorithm import build_term, mapped_blocks
 from sparsevit.config import Config, OursRecipe
 from sparsevit.fit import Fit, Plan
@@ -54,6 +54,13 @@ CLASSES, RATE, MOMENTUM, DECAY, COEFFICIENT = 100, 1e-3, 0.9, 1e-4, 0.01
 BATCHES = 4  # of images that our side turns over
 RATIOS = tuple(r / 10 for r in range(10))
 SIDES = ("ours", "published")
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+# Ours and the reference of a row, and how the row names their precisions.
+PAIRS = (
+    (("ours", "float32"), ("published", "float32"), "float32"),
+    (("ours", "bfloat16"), ("published", "bfloat16"), "bfloat16"),
+    (("ours", "bfloat16"), ("published", "float32"), "ours bfloat16, reference float32"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,9 +78,6 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes("s0", 28, 4, 2, 1, 1, 100)
-
-
-# ---------------------------------------------------------------------------------------------------------- two ways
 
 
 def paper() -> Config:
@@ -94,11 +98,11 @@ def source_of(sizes: Sizes, device: torch.device) -> Resident:
     return Resident(images.to(device), torch.arange(count, device=device) % CLASSES, [0.5] * 3, [0.5] * 3)
 
 
-def our_steps(network: Vit, sizes: Sizes, device: torch.device) -> Iterator[int]:
+def our_steps(network: Vit, sizes: Sizes, device: torch.device, precision: Precision = "float32") -> Iterator[int]:
     """Fine-tuning as `sparsevit.train` does it, one step at a time."""
     config = paper()
     recipe = OursRecipe(name="ours", lr=RATE, momentum=MOMENTUM, weight_decay=DECAY, decay_all=True)
-    plan = Plan(("benchmark",), 10_000, sizes.batch, recipe, 0)
+    plan = Plan(("benchmark",), 10_000, sizes.batch, recipe, 0, precision=precision)
     maps = mapped_blocks(config, len(network.layers))
     return Fit(network, source_of(sizes, device), plan, build_term(config), maps).steps()
 
@@ -135,7 +139,9 @@ def published_parts(network: Vit, images: Tensor, labels: Tensor) -> tuple[Tenso
     return functional.cross_entropy(logits, labels), COEFFICIENT * penalty
 
 
-def published_steps(network: Vit, sizes: Sizes, device: torch.device) -> Iterator[int]:
+def published_steps(
+    network: Vit, sizes: Sizes, device: torch.device, precision: Precision = "float32"
+) -> Iterator[int]:
     """Fine-tuning the published way, on one batch that is ready."""
     optimizer = torch.optim.SGD(network.parameters(), RATE, momentum=MOMENTUM, weight_decay=DECAY)
     images, labels = batch_of(sizes, device)
@@ -143,7 +149,8 @@ def published_steps(network: Vit, sizes: Sizes, device: torch.device) -> Iterato
     for step in range(1, 1_000_000):
         torch.use_deterministic_algorithms(False)
         optimizer.zero_grad()
-        cross_entropy, term = published_parts(network, images, labels)
+        with autocast(device, precision):
+            cross_entropy, term = published_parts(network, images, labels)
         (cross_entropy + term).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -156,10 +163,9 @@ def batch_of(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def same_gradients(sizes: Sizes, device: torch.device) -> float:
-    """The largest difference of a gradient between the two ways, of the cross-entropy or of the term.
+    """The largest difference of a gradient between the two ways, of the cross-entropy or of the term, in float32.
 
-    In shares of the largest value of its tensor, or of 1e-4 of the largest of all: what is zero is zero but for
-    rounding.
+    In shares of the largest value of its tensor, or of 1e-4 of the largest of all: rounding is not zero.
 
     Raises:
         SystemExit: the two ways do not compute the same.
@@ -175,9 +181,6 @@ def same_gradients(sizes: Sizes, device: torch.device) -> float:
     if not worst < 1e-2:
         raise SystemExit(f"the two ways do not compute the same: they differ by {worst:.2g}")
     return worst
-
-
-# -------------------------------------------------------------------------------------------------------- measurement
 
 
 def now(device: torch.device) -> float:
@@ -201,40 +204,41 @@ def by_turns(works: Mapping[str, Callable[[], Any]], sizes: Sizes, device: torch
 def measure_steps(report: Report, device: torch.device, sizes: Sizes) -> None:
     """Steps of both sides by turns."""
     print(f"gradients differ by {same_gradients(sizes, device):.1g} of the largest of their tensor", file=sys.stderr)
-    ours, published = (make(network_of(sizes, device), sizes, device) for make in (our_steps, published_steps))
-    seconds = by_turns({"ours": lambda: next(ours), "published": lambda: next(published)}, sizes, device)
-    what = f"{sizes.arch}, {sizes.image} px, {sizes.batch} images, float32; target 1.3"
-    report.add("step", what, "s", seconds["ours"], seconds["published"])
+    makers = {"ours": our_steps, "published": published_steps}
+    sides = {f"{side}, {precision}": makers[side](network_of(sizes, device), sizes, device, precision)
+             for precision in PRECISIONS for side in SIDES}  # fmt: skip
+    seconds = by_turns({name: functools.partial(next, steps) for name, steps in sides.items()}, sizes, device)
+    for ours, reference, precision in PAIRS:
+        what = f"{sizes.arch}, {sizes.image} px, {sizes.batch} images, {precision}; target 1.3"
+        report.add("step", what, "s", *(seconds[", ".join(side)] for side in (ours, reference)))
 
 
 def resident_bytes(device: torch.device) -> int:
-    """Bytes that this process holds now: on a GPU those of tensors, else those that are in memory."""
+    """Bytes that this process holds now: on a GPU those of tensors."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # elsewhere than on Linux; nothing large has been freed yet
-        return peak_bytes(device)
+        return peak_memory(device)
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Bytes: the most that this process has held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def memory_of(side: str, device: torch.device, sizes: Sizes) -> dict[str, int]:
+def memory_of(side: str, precision: Precision, device: torch.device, sizes: Sizes) -> dict[str, int]:
     """What two steps add to this process (the second has momentum), and what a forward pass keeps for the backward."""
     network = network_of(sizes, device)
     parts = {"ours": our_parts, "published": published_parts}[side]
-    steps = {"ours": our_steps, "published": published_steps}[side](network, sizes, device)
+    steps = {"ours": our_steps, "published": published_steps}[side](network, sizes, device, precision)
     images, labels = batch_of(sizes, device)
     before = resident_bytes(device)
     for _ in range(2):
         next(steps)
-    added = peak_bytes(device) - before
-    return {"added": added, "kept": kept_bytes(lambda: parts(network, images, labels), network)}
+    added = peak_memory(device) - before
+
+    def forward() -> tuple[Tensor, Tensor]:
+        with autocast(device, precision):
+            return parts(network, images, labels)
+
+    return {"added": added, "kept": kept_bytes(forward, network)}
 
 
 def kept_bytes(forward: Callable[[], tuple[Tensor, Tensor]], network: Vit) -> int:
@@ -260,25 +264,23 @@ def kept_bytes(forward: Callable[[], tuple[Tensor, Tensor]], network: Vit) -> in
 
 def measure_memory(report: Report, device: torch.device, sizes: Sizes) -> None:
     """Both sides, each in processes of its own."""
-    # glibc keeps freed blocks of up to 32 MiB; blocks with pages of their own go back, so that the peak is that of use.
+    # glibc keeps freed blocks of up to 32 MiB; those with pages of their own go back: the peak is that of use.
     surroundings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-    found: dict[str, list[dict[str, int]]] = {side: [] for side in SIDES}
-    for _ in range(sizes.processes):
-        for side in SIDES:
-            command = [sys.executable, str(Path(__file__).resolve()), "--memory-of", side, "--device", str(device),
-                       "--threads", str(torch.get_num_threads()), "--sizes", json.dumps(asdict(sizes))]  # fmt: skip
-            done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(f"the process that measures memory failed:\n{done.stderr}")
-            found[side].append(json.loads(done.stdout.splitlines()[-1]))
-    what = f"{sizes.arch}, {sizes.image} px, {sizes.batch} images, float32"
-    settings = {
-        "added": f"{what}; a step, above the weights; target 0.6",
-        "kept": f"{what}; kept for backward",
-    }
-    for key, setting in settings.items():
-        ours, published = ([max(0, item[key]) / 2**20 for item in found[side]] for side in SIDES)
-        report.add("memory", setting, "MiB", ours, published)
+    sides = [(side, precision) for precision in PRECISIONS for side in SIDES]
+    found: dict[tuple[str, str], list[dict[str, int]]] = {side: [] for side in sides}
+    for side in sides * sizes.processes:
+        command = [sys.executable, str(Path(__file__).resolve()), "--memory-of", *side, "--device", str(device),
+                   "--threads", str(torch.get_num_threads()), "--sizes", json.dumps(asdict(sizes))]  # fmt: skip
+        done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"the process that measures memory failed:\n{done.stderr}")
+        found[side].append(json.loads(done.stdout.splitlines()[-1]))
+    for ours, reference, precision in PAIRS:
+        what = f"{sizes.arch}, {sizes.image} px, {sizes.batch} images, {precision}"
+        settings = {"added": f"{what}; a step, above the weights; target 0.6", "kept": f"{what}; kept for backward"}
+        for key, setting in settings.items():
+            sizes_of = ([max(0, item[key]) / 2**20 for item in found[side]] for side in (ours, reference))
+            report.add("memory", setting, "MiB", *sizes_of)
 
 
 @torch.inference_mode()
@@ -322,14 +324,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="images a step, instead of 8")
     parser.add_argument("--quick", action="store_true", help="a small network and few turns: no figures to keep")
     parser.add_argument("--out", type=Path, default=Path("results/sparsevit/benchmarks.csv"))
-    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)  # a process of `measure_memory`
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)  # a process of `measure_memory`
     parser.add_argument("--sizes", type=json.loads, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     given = {name: value for name in ("arch", "image", "batch") if (value := getattr(asked, name)) is not None}
     sizes = Sizes(**asked.sizes) if asked.sizes else replace(QUICK if asked.quick else FULL, **given)
     device = setup(asked.device, asked.threads)
     if asked.memory_of:
-        print(json.dumps(memory_of(asked.memory_of, device, sizes)))
+        print(json.dumps(memory_of(*asked.memory_of, device, sizes)))
         return 0
     report, began = Report(device, ("step", "sweep")), perf_counter()
     for measure in (measure_steps, measure_memory, measure_removal, measure_sweep):

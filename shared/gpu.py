@@ -104,6 +104,10 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that the device has held on a GPU, the most that this process has held on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):  # `ru_maxrss` of a new program begins at what the one that started it had held
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found:
+            return 1024 * int(found[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from shared import report
-from shared.checkpoint import write_json
+from shared.checkpoint import atomic_write, write_json
 from shared.cli import check_shared, run_main
 from shared.errors import CheckpointError, ConfigError, RunError
 from shared.gpu import describe, setup
+from shared.run import command_line
 from sparsevit.baselines import can_run_two_four, to_two_four
 from sparsevit.config import Config
 from sparsevit.measure import independent, masked, percent
@@ -169,6 +170,7 @@ def run_latency(arguments: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
     parser.add_argument("--half", action="store_true", help="float16; adds 2:4 sparse MLPs where the GPU has kernels")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the timings there as well")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there as well")
     asked = parser.parse_args(arguments)
     check_shared(__file__)
     if (asked.make is None) == (asked.folder is None):
@@ -194,6 +196,10 @@ def run_latency(arguments: Sequence[str]) -> int:
     report.show(f"{where}; {asked.repeats} rounds", table(timings))
     if asked.json:
         write_json(asked.json, {"where": where, "timings": [asdict(t) for t in timings]})
+    if asked.markdown:
+        command = command_line("sparsevit.latency", arguments)
+        text = f"{where}; {asked.repeats} rounds in turn, medians and quartiles. Saved networks, loaded by `{command}`."
+        atomic_write(asked.markdown, f"{text}\n\n{report.markdown(table(timings))}".encode())
     return 0
 
 

@@ -1,5 +1,8 @@
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -132,6 +135,15 @@ def test_the_device_is_described_in_words_with_its_threads():
 
 def test_the_peak_of_memory_is_in_bytes():
     assert 50 * 2**20 < peak_memory(torch.device("cpu")) < 2**40
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells it")
+def test_the_memory_of_a_process_is_its_own_and_not_that_of_the_one_that_started_it():
+    """`ru_maxrss` of a new program begins at the most that its parent has held."""
+    ballast = b"1" * (1500 * 2**20)
+    code = "import torch; from shared.gpu import peak_memory; print(peak_memory(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 50 * 2**20 < int(done.stdout) < len(ballast)
 
 
 def test_the_message_of_a_loss_that_is_not_finite_names_the_step():

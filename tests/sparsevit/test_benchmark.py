@@ -77,7 +77,7 @@ def test_the_quick_run_writes_its_rows(bench, tmp_path, capsys):
     assert "target 1.3" in capsys.readouterr().out
     rows = list(csv.DictReader(out.open()))
     names = [row["benchmark"] for row in rows]
-    assert {name: names.count(name) for name in names} == {"step": 1, "memory": 2, "removal": 2, "sweep": 1}
+    assert {name: names.count(name) for name in names} == {"step": 3, "memory": 6, "removal": 2, "sweep": 1}
     for row in rows:
         assert row["threads"] == "1"
         assert float(row["ours"]) > 0
@@ -86,19 +86,7 @@ def test_the_quick_run_writes_its_rows(bench, tmp_path, capsys):
 
 
 def test_another_network_may_be_asked_for(bench, capsys):
-    arguments = [
-        "--memory-of",
-        "ours",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--arch",
-        "s0",
-        "--image",
-        "14",
-        "--batch",
-        "2",
-    ]
+    words = "--memory-of ours bfloat16 --device cpu --threads 1 --arch s0 --image 14 --batch 2"
+    arguments = words.split()
     assert bench.main(arguments) == 0
     assert '"kept"' in capsys.readouterr().out
