@@ -35,7 +35,8 @@ check: setup ## lint, types, published figures with their tables and page, and t
 	$(BIN)/python results/report.py --check
 	$(BIN)/python -m pytest
 
-reproduce: reproduce-fedloge reproduce-mdcs ## every paper whose study is published
+reproduce: setup ## all four studies, one after the other, and one table of what holds
+	$(BIN)/python results/reproduce_all.py --scale $(SCALE)
 
 reproduce-fedloge: setup ## FedLoGe: methods x seeds, table, verdicts, plots
 	$(BIN)/python -m fedloge.reproduce --scale $(SCALE)

@@ -113,13 +113,13 @@ def facts(in_channels: int) -> tuple[Fact, ...]:
     size, stated = (170_000, "abstract") if grey else (210_000, "a student's report of the paper, not the paper")
     return (
         Fact("The merged network has exactly the stated number of parameters", stated, "two_stage/parameters", "==",
-             parameters, paper=f"{parameters:,}"),
+             parameters, paper=f"{parameters:,}", headline=True),
         Fact("The weights take four bytes a parameter", "computed", "two_stage/bytes.weights", "==", 4 * parameters),
         Fact("A file of the weights alone is at most half of the stated size, which is a Keras archive with momentum",
              f"{stated}: {size / 1e6:.2f} MB", "two_stage/bytes.safetensors", "<=", size // 2, paper=f"{size:,} bytes"),
         Fact("Multiply-adds of a forward pass", "computed", "two_stage/multiply_adds", "==", adds),
         Fact("The network for CIFAR-10 has fewer than 20,000 parameters", "abstract", "study/parameters.cifar10", "<=",
-             19_999, paper="less than 20,00 (sic)"),
+             19_999, paper="less than 20,00 (sic)", headline=not grey),
     )  # fmt: skip
 
 

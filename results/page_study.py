@@ -33,7 +33,7 @@ class StudyPart:
         place = path.relative_to(path.parents[1 if self.single else 2])
         self.identifier = parts.slug(*(place.with_suffix("") if self.single else place.parent).parts)
         self.claims = [] if self.single else table_of(self.folder / "claims.md")
-        self._headline = {row[1] for row in summary}
+        self.headlines = summary  # paper, claim, paper's number, ours, n, verdict
 
     @property
     def command(self) -> str:
@@ -42,13 +42,6 @@ class StudyPart:
         texts = [] if self.single else [text for _, text in self._texts()]
         found += [command for text in texts for command in re.findall(r"`(python -m \w+\.reproduce[^`]*)`", text)]
         return [*found, *(line["command"] for line in self.lines), "make reproduce"][0]
-
-    def headlines(self) -> list[list[str]]:
-        """paper, claim, paper's number, ours, n, verdict of its headline claims."""
-        found = [dict(zip(self.claims[0], row, strict=True)) for row in self.claims[1:]]
-        kept = [row for row in found if row["claim"] in self._headline]
-        ours = self.claims[0][-3] if self.claims else ""
-        return [[self.name, r["claim"], r["paper"], r[ours], r["n"], r["verdict"]] for r in kept]
 
     def environment(self) -> list[list[str]]:
         """Rows of the table of environments: of, device, precision, torch, commit, command."""

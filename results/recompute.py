@@ -10,7 +10,7 @@ from typing import Any
 
 from csv_schema import REPOSITORY, read_lines
 
-from shared.claims import Claim, Comparison, Figures, Judgement, judge
+from shared.claims import Claim, Figures, Judgement, judge
 from shared.cli import find_config
 from shared.config import load
 from shared.report import Row, figures_of, markdown, method_table, summary_table
@@ -161,7 +161,7 @@ def claim_problems(study: Study, claims: Table) -> list[str]:
     summary = table_of(path)
     label = summary[1][0] if len(summary) > 1 else ""
     wanted_text = markdown(summary_table(label, judged))
-    headlines = any(isinstance(j.claim, Comparison) and j.claim.headline for j in judged)
+    headlines = any(j.claim.headline for j in judged)
     if not problems and headlines and (not path.exists() or path.read_text(encoding="utf-8") != wanted_text):
         problems.append(f"summary.md: is not {', '.join(head[-3:])} of the headline claims of claims.md")
     return problems

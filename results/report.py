@@ -41,7 +41,7 @@ class PaperPart:
         studies = sorted({path.parent for kind in ("csv", "md") for path in folder.glob(f"*/*.{kind}")})
         found = [*(study / "results.csv" for study in studies), *folder.glob("runs.csv")]
         self.studies = [StudyPart(path, self.name, titles) for path in found]
-        self.studies.sort(key=lambda study: -len(study.headlines()))  # what says most first
+        self.studies.sort(key=lambda study: -len(study.headlines))  # what says most first
         bench = folder / "benchmarks.md"
         self.benchmark = BenchmarkPart(bench) if bench.exists() else None
 
@@ -52,7 +52,7 @@ class PaperPart:
 
     def verdicts(self) -> Counter[str]:
         """How many of its headline claims have which verdict."""
-        return Counter(row[-1] for study in self.studies for row in study.headlines())
+        return Counter(row[-1] for study in self.studies for row in study.headlines)
 
     def contents(self) -> list[tuple[str, str]]:
         """(identifier, name) of what the contents list below the paper."""
@@ -172,7 +172,7 @@ def _summary(root: Path, papers: Sequence[PaperPart]) -> str:
         shown = f"<ul>{shown}</ul>" if shown else "<p>not published yet</p>"
         lines.append(f'<li><a href="#{paper.paper}">{escape(paper.name)}</a>{shown}</li>')
     rows = [["paper", "claim", "paper's number", "ours", "n", "verdict"]]
-    rows += [row for paper in papers for study in paper.studies for row in study.headlines()]
+    rows += [row for paper in papers for study in paper.studies for row in study.headlines]
     lines += ["</ul>", "<h2>The headline claims</h2>"]
     lines.append(
         f"<p>{len(rows) - 1} claims, each judged by paired differences over n seeds: reproduced where the 95 % "

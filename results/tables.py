@@ -1,7 +1,8 @@
 """The tables of the READMEs, generated from the published results: `python results/tables.py`.
 
-Writes `results/papers.md` (the headline claims of all studies), then what stands between `<!-- begin FILE -->` and
-`<!-- end FILE -->` in every README. With `--check` it writes nothing and only says what is stale.
+Writes `results/papers.md` (the headline claims of all studies) and `results/overview.md` (a line a paper), then what
+stands between `<!-- begin FILE -->` and `<!-- end FILE -->` in every README. With `--check` it writes nothing and only
+says what is stale.
 """
 
 import argparse
@@ -10,11 +11,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from recompute import table_of
+
 from shared.checkpoint import atomic_write
 from shared.cli import run_main
 from shared.errors import DataError
+from shared.report import markdown
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# Of each paper: its name, what is asked of it in one line, and the study and claim that answer it.
+MAIN = {
+    "fedloge": ("FedLoGe, ICLR 2024", "mini", "The generic model is better than the best generic baseline"),
+    "mdcs": ("MDCS, ICCV 2023", "mini", "MDCS is better than the best baseline (of those on their own views)"),
+    "lightcnn": ("LightCNN, 2025", "fashion_mnist",
+                 "The two stages are better than training the same network in one go, for as many epochs"),
+    "sparsevit": ("SparseViT, 2023", "mini", "Pruned by 10 to 50 % (mean of five), it is better than without"),
+}  # fmt: skip
+VERDICTS = ("reproduced", "inconclusive", "not reproduced")
 MARKER = re.compile(r"<!-- begin (?P<source>[\w./-]+) -->\n.*?<!-- end (?P=source) -->", re.DOTALL)
 
 
@@ -22,6 +35,20 @@ def papers_table(results: Path) -> str:
     """All studies' `summary.md` under the folder as one table."""
     texts = [path.read_text(encoding="utf-8").splitlines() for path in sorted(results.glob("*/*/summary.md"))]
     return "\n".join([*texts[0][:2], *(line for text in texts for line in text[2:])]) + "\n" if texts else ""
+
+
+def overview_table(results: Path) -> str:
+    """A line a paper: what it claims first of all, what was found, and how its headline claims fare in all studies."""
+    rows = [["paper", "its main claim", "ours", "n", "verdict", f"headline claims: {', '.join(VERDICTS)}"]]
+    for paper, (name, study, claim) in MAIN.items():
+        lines = {p.parent.name: table_of(p)[1:] for p in sorted((results / paper).glob("*/summary.md"))}
+        found = next((row[3:] for row in lines.get(study, ()) if row[1] == claim), None)
+        if study in lines and found is None:
+            raise DataError(f"results/{paper}/{study}/summary.md: lacks the claim {claim!r} of the overview")
+        counts = [sum(row[-1] == verdict for own in lines.values() for row in own) for verdict in VERDICTS]
+        tally = ", ".join(map(str, counts)) if lines else "-"
+        rows.append([f"[{name}]({paper}/README.md)", claim, *(found or ("-", "-", "not published")), tally])
+    return markdown(rows)
 
 
 def fill(readme: str, root: Path, fresh: dict[str, str]) -> str:
@@ -47,9 +74,10 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python results/tables.py", description=main.__doc__)
     parser.add_argument("--check", action="store_true", help="only say which are stale; exit code 1 if any is")
     check = parser.parse_args(arguments).check
-    papers, stale = "results/papers.md", []
-    fresh = {papers: papers_table(REPOSITORY / "results")}
-    for path in [REPOSITORY / papers, REPOSITORY / "README.md", *sorted(REPOSITORY.glob("*/README.md"))]:
+    results, stale = REPOSITORY / "results", list[str]()
+    fresh = {"results/papers.md": papers_table(results), "results/overview.md": overview_table(results)}
+    readmes = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("*/README.md"))]
+    for path in [*(REPOSITORY / name for name in fresh), *readmes]:
         name = path.relative_to(REPOSITORY).as_posix()
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         wanted = fresh[name] if name in fresh else fill(text, REPOSITORY, fresh)

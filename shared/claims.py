@@ -34,7 +34,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Fact:
-    """A figure that needs no statistics: it holds in every run or it does not."""
+    """A figure that needs no statistics: it holds in every run or it does not; `headline` as in `Comparison`."""
 
     text: str
     source: str
@@ -43,6 +43,7 @@ class Fact:
     value: float
     tolerance: float = 0.0
     paper: str = "-"
+    headline: bool = False
 
 
 Claim = Comparison | Fact

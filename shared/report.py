@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.checkpoint import atomic_write
-from shared.claims import Comparison, Figures, Judgement, show_mean
+from shared.claims import Figures, Judgement, show_mean
 from shared.errors import DataError
 
 
@@ -95,10 +95,10 @@ def claim_table(judgements: Sequence[Judgement]) -> list[list[str]]:
 
 def summary_table(paper: str, judgements: Sequence[Judgement]) -> list[list[str]]:
     """Head and one row a headline claim, for the one table of all papers."""
-    rows = [["paper", "claim", "ours, n seeds", "verdict"]]
+    rows = [["paper", "claim", "paper's number", "ours", "n", "verdict"]]
     for item in judgements:
-        if isinstance(item.claim, Comparison) and item.claim.headline:
-            rows.append([paper, item.claim.text, f"{item.ours}, n = {item.n}", item.verdict])
+        if item.claim.headline:
+            rows.append([paper, item.claim.text, item.claim.paper, item.ours, str(item.n or "-"), item.verdict])
     return rows
 
 

@@ -25,6 +25,7 @@ import torch
 from shared.errors import ConfigError
 
 POLL_SECONDS = 0.2
+PROGRESS = "progress.json"
 Scale = Literal["smoke", "mini", "paper"]
 
 
@@ -82,7 +83,7 @@ def run_jobs(module: str, jobs: Sequence[Job], workers: int = 0) -> dict[str, Ou
     # A process that asks torch for determinism loads the compiler, a second each: load it once for all.
     context.set_forkserver_preload(["torch", "torch._inductor", module])
     waiting, running, outcomes = list(jobs), list[_Running](), dict[str, Outcome]()
-    display = _Display(len(jobs))
+    display = _Display(len(jobs), jobs[0].folder.parent if jobs else None)
     with _surroundings(), display.bar:
         try:
             while waiting or running:
@@ -150,7 +151,7 @@ def forecast(
 def progress_of(folder: Path) -> float:
     """The share of a run that is done, from its `progress.json`; 0 where that cannot be read."""
     try:
-        state = json.loads((folder / "progress.json").read_bytes())
+        state = json.loads((folder / PROGRESS).read_bytes())
         share = float(state["done"]) / float(state["total"])
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
         return 0.0
@@ -165,7 +166,7 @@ def log_of(job: Job) -> Path:
 def _start(context: multiprocessing.context.ForkServerContext, module: str, job: Job) -> _Running:
     log_of(job).parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):  # a progress of an earlier, interrupted try would spoil the forecast
-        (job.folder / "progress.json").unlink()
+        (job.folder / PROGRESS).unlink()
     process = context.Process(target=_work, args=(module, job.arguments, str(log_of(job))), name=job.name)
     process.start()
     return _Running(process, job, time.monotonic())
@@ -206,14 +207,18 @@ def _surroundings() -> Iterator[None]:
 
 
 class _Display:
-    """A bar on a terminal; elsewhere a line after five seconds and then every minute."""
+    """A bar on a terminal; elsewhere a line after five seconds and then every minute.
 
-    def __init__(self, total: int) -> None:
+    The runs' folder has the same in `progress.json`, as each run has: for who runs several studies.
+    """
+
+    def __init__(self, total: int, folder: Path | None) -> None:
         from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
         columns = ("runs", BarColumn(), "{task.completed:.0f}/{task.total}", TimeElapsedColumn(), "{task.description}")
         self.bar = Progress(*columns, disable=not sys.stderr.isatty())
         self.task, self.total, self.next = self.bar.add_task("", total=total), total, time.monotonic() + 5
+        self.file, self.written = folder / PROGRESS if folder else None, 0.0
 
     def show(self, outcomes: dict[str, Outcome], running: Sequence[_Running], left: float | None) -> None:
         """Say how far the study is."""
@@ -224,6 +229,10 @@ class _Display:
             text = f"about {left:.0f} s left" if left < 90 else f"about {left / 60:.0f} min left"
         text += f", {failed} failed" if failed else ""
         self.bar.update(self.task, completed=done, description=f"{text}; {', '.join(i.job.name for i in running)}")
+        if self.file and (time.monotonic() > self.written + 1 or not running):
+            self.written = time.monotonic()
+            with contextlib.suppress(OSError):
+                self.file.write_text(json.dumps({"done": done, "total": self.total, "text": text}))
         if self.bar.disable and left is not None and time.monotonic() > self.next:
             self.next = time.monotonic() + 60
             print(f"{len(outcomes)} of {self.total} runs done, {text}", file=sys.stderr, flush=True)

@@ -190,10 +190,8 @@ def test_a_paper_without_results_is_named_as_such(page):
 def test_the_headline_claims_are_those_of_the_table_of_papers():
     wanted = recompute.table_of(REPOSITORY / "results" / "papers.md")[1:]
     parts_of_papers = [report.PaperPart(REPOSITORY, paper) for paper in report.PAPERS]
-    found = [row for paper in parts_of_papers for one in paper.studies for row in one.headlines()]
-    assert sorted([name, claim, f"{ours}, n = {n}", verdict] for name, claim, _, ours, n, verdict in found) == sorted(
-        wanted
-    )
+    found = [row for paper in parts_of_papers for one in paper.studies for row in one.headlines]
+    assert sorted(found) == sorted(wanted)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The generated tables of the READMEs."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from shared.cli import run_main
 from shared.errors import DataError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "results" / "tables.py"
+sys.path.insert(0, str(SCRIPT.parent))
 specification = importlib.util.spec_from_file_location("tables", SCRIPT)
 tables = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(tables)
@@ -32,7 +34,11 @@ def test_filling_replaces_what_stands_between_the_markers_and_nothing_else(tmp_p
 
 def test_check_says_what_is_stale_and_writes_nothing_and_the_command_mends_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tables, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(tables, "overview_table", lambda results: "")
     (tmp_path / "part").mkdir()
+    (tmp_path / "results").mkdir()
+    for name in ("papers.md", "overview.md"):
+        (tmp_path / "results" / name).write_text("")
     (tmp_path / "t.md").write_text("| new |\n")
     old = "<!-- begin t.md -->\nold\n<!-- end t.md -->\n"
     for path in (tmp_path / "README.md", tmp_path / "part" / "README.md"):
@@ -71,9 +77,28 @@ def test_the_table_of_papers_is_written_first_and_shown_though_it_was_not_there(
         (tmp_path / "results" / name / "mini" / "summary.md").write_text(f"| paper |\n| --- |\n| {name} |\n")
     (tmp_path / "README.md").write_text("<!-- begin results/papers.md -->\n<!-- end results/papers.md -->\n")
     assert run_main(tables.main, ["--check"]) == 1
-    assert capsys.readouterr().out == "stale: results/papers.md\nstale: README.md\n"
+    assert capsys.readouterr().out == "stale: results/papers.md\nstale: results/overview.md\nstale: README.md\n"
     assert not (tmp_path / "results" / "papers.md").exists()
     assert run_main(tables.main, []) == 0
     assert (tmp_path / "results" / "papers.md").read_text() == "| paper |\n| --- |\n| a |\n| b |\n"
     assert "| a |\n| b |\n" in (tmp_path / "README.md").read_text()
     assert run_main(tables.main, ["--check"]) == 0
+
+
+def test_the_overview_has_a_line_a_paper_with_its_main_claim_and_a_tally(tmp_path, monkeypatch):
+    head = "| paper | claim | paper's number | ours | n | verdict |\n| --- | --- | --- | --- | --- | --- |\n"
+    monkeypatch.setattr(tables, "MAIN", {"a": ("A, 2020", "mini", "it works"), "b": ("B, 2021", "mini", "so too")})
+    for study, rows in (("mini", "| A, `mini` | it works | +9 | +1.0 | 4 | inconclusive |\n"),
+                        ("large", "| A, `large` | it works | +9 | +2.0 | 4 | reproduced |\n")):  # fmt: skip
+        (tmp_path / "a" / study).mkdir(parents=True)
+        (tmp_path / "a" / study / "summary.md").write_text(head + rows)
+    _, _, first, second = tables.overview_table(tmp_path).splitlines()
+    assert first == "| [A, 2020](a/README.md) | it works | +1.0 | 4 | inconclusive | 1, 1, 0 |"
+    assert second == "| [B, 2021](b/README.md) | so too | - | - | not published | - |"
+    monkeypatch.setitem(tables.MAIN, "a", ("A, 2020", "mini", "it flies"))
+    with pytest.raises(DataError, match="lacks the claim 'it flies' of the overview"):
+        tables.overview_table(tmp_path)
+
+
+def test_every_paper_has_its_main_claim(papers):
+    assert list(tables.MAIN) == list(papers)
