@@ -137,6 +137,9 @@ def shown(image: torch.Tensor) -> Any:
     return pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
 
 
+MARKS = {"zeros, masked": "s", "heads removed": "^", "neurons and heads removed": "D"}
+
+
 def pareto(folder: Path, timed: Sequence[Timing], out: Path) -> None:
     """Accuracy against measured time, for the networks of one run: masked ones stand above the dense one."""
     values, batch = values_of(folder), max(t.batch for t in timed)
@@ -149,7 +152,7 @@ def pareto(folder: Path, timed: Sequence[Timing], out: Path) -> None:
             continue
         milliseconds = 1e3 * timing.median
         errors = [[1e3 * (timing.median - timing.low)], [1e3 * (timing.high - timing.median)]]
-        axis.errorbar(milliseconds, 100 * values[metric], xerr=errors, fmt="s" if "masked" in rest else "o",
+        axis.errorbar(milliseconds, 100 * values[metric], xerr=errors, fmt=MARKS.get(rest, "o"),
                       color=f"C{number % 10}", label=timing.name)  # fmt: skip
     axis.set(xlabel=f"milliseconds a batch of {batch} (median, quartiles)", ylabel="accuracy (%)",
              title=f"{folder.name}: one shot, nothing trained after it")  # fmt: skip
