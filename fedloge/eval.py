@@ -3,7 +3,6 @@
 One pass of the backbone over the test images serves the generic heads and all clients' heads.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,11 +21,11 @@ from fedloge.model import Head, Shape, average_clients
 from fedloge.problem import Problem, load_problem
 from shared import metrics
 from shared.checkpoint import load_model
-from shared.cli import check_shared, run_main
+from shared.cli import check_shared, eval_parser, run_main
 from shared.config import load
 from shared.errors import CheckpointError, RunError
 from shared.gpu import autocast, setup, stream
-from shared.run import changed_figures, read_run
+from shared.run import read_run, tell_changed
 
 CLIENTS_AT_ONCE = 16  # whose heads are put together at once; bounds the memory, whatever the number of clients
 
@@ -258,10 +257,7 @@ def load_server(folder: Path, config: Config, shape: Shape, device: torch.device
 
 def run_eval(arguments: Sequence[str]) -> int:
     """The command: 0 if every figure of the last round is what the run reported, 1 if not."""
-    parser = argparse.ArgumentParser(prog="python -m fedloge.eval", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a finished run, runs/fedloge/...")
-    parser.add_argument("--device", default="auto")
-    asked = parser.parse_args(arguments)
+    asked = eval_parser("fedloge", __doc__).parse_args(arguments)
     check_shared(__file__)
     results = read_run(asked.run, "fedloge")
     config = load(asked.run / "config.yaml", Config)
@@ -272,12 +268,10 @@ def run_eval(arguments: Sequence[str]) -> int:
     server = load_server(asked.run, config, problem.shape, device)
     figures = evaluate(server, problem, config)[0] | geometry(server, problem, config)[0]
     stated = {row["metric"]: row["value"] for row in results["figures"] if row["at"] in ("final", "once")}
-    wrong = changed_figures(stated, figures)
     print(f"the models of the last round ({server.round}); accuracies are shares in [0, 1]")
     for name, value in figures.items():
         print(f"{name:32} {'-' if value is None else f'{value:.4f}'}")
-    print("\n".join(wrong) if wrong else f"all {len(stated)} figures of the last round are those of results.json")
-    return 1 if wrong else 0
+    return tell_changed(stated, figures, " of the last round")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

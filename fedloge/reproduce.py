@@ -82,7 +82,6 @@ def report(
     from fedloge.model import build_backbone
     from fedloge.plots import draw
     from shared import report as shared_report
-    from shared.checkpoint import atomic_write
     from shared.claims import judge
     from shared.config import load
     from shared.run import read_results
@@ -103,21 +102,16 @@ def report(
     ]
     judgements.sort(key=lambda item: item.verdict == "not run at this scale")
     table = shared_report.method_table(figures, methods, COLUMNS)
-    claims = shared_report.claim_table(judgements)
-    shared_report.write_rows(folder / "results.csv", rows)
-    text = (
+    about = (
         f"Accuracy in %, mean ± deviation over seeds; each run's figure is the mean of its last {config.evaluate.last} "
         f"evaluated rounds on the balanced test set (GM) or the mean over clients on their own (PM). "
         f"{one['device']}, {one['precision']}, commit {one['commit'][:10]}, "
-        f"`{command}`.\n\n"
+        f"`{command}`."
     )
-    atomic_write(folder / "methods.md", (text + shared_report.markdown(table)).encode())
-    atomic_write(folder / "claims.md", shared_report.markdown(claims).encode())
-    summary = shared_report.summary_table(f"FedLoGe, `{config_path.stem}`", judgements)
-    atomic_write(folder / "summary.md", shared_report.markdown(summary).encode())
+    shared_report.write_report(folder, rows, about, table, f"FedLoGe, `{config_path.stem}`", judgements)
     draw([job.folder for job in done], folder / "plots")
     shared_report.show(f"{config_path.stem}: accuracy in % (mean ± deviation over seeds)", table)
-    shared_report.show(f"{config_path.stem}: the paper's claims", claims)
+    shared_report.show(f"{config_path.stem}: the paper's claims", shared_report.claim_table(judgements))
     print(f"{len(done)} of {len(jobs)} runs; report in {folder}")
 
 

@@ -3,7 +3,6 @@
 The test set is read here and nowhere else, once, after all training.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,12 +19,12 @@ from lightcnn.fused import Stack, rows, unstack
 from lightcnn.networks import Network
 from lightcnn.problem import Problem, load_problem, load_test
 from shared.checkpoint import load_model, save_model
-from shared.cli import check_shared, run_main
+from shared.cli import check_shared, eval_parser, run_main
 from shared.config import load
 from shared.data import ImageSet
 from shared.errors import CheckpointError, RunError
 from shared.gpu import autocast, setup
-from shared.run import changed_figures, read_run
+from shared.run import read_run, tell_changed
 
 Figure = dict[str, Any]  # seed, at, split, metric, value: a row of the results
 
@@ -217,10 +216,7 @@ def by_name(figures: Iterable[Figure]) -> dict[str, float]:
 
 def run_eval(arguments: Sequence[str]) -> int:
     """The command: 0 if every figure is what the run reported, 1 if not."""
-    parser = argparse.ArgumentParser(prog="python -m lightcnn.eval", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a finished run, runs/lightcnn/...")
-    parser.add_argument("--device", default="auto")
-    asked = parser.parse_args(arguments)
+    asked = eval_parser("lightcnn", __doc__).parse_args(arguments)
     check_shared(__file__)
     results = read_run(asked.run, "lightcnn")
     config = load(asked.run / "config.yaml", Config)
@@ -232,11 +228,9 @@ def run_eval(arguments: Sequence[str]) -> int:
     points = load_points(asked.run, steps, problem)
     figures = evaluate(steps, points, problem, test, config)[0] + once(sizes(steps, points, problem), config.all_seeds)
     stated = by_name(row for row in results["figures"] if not row["metric"].startswith("epochs."))
-    wrong = changed_figures(stated, by_name(figures))
     for row in figures:
         print(f"seed {row['seed']}  {row['split']:10} {row['metric']:26} {row['value']:.4f}")
-    print("\n".join(wrong) if wrong else f"all {len(stated)} figures are those of results.json")
-    return 1 if wrong else 0
+    return tell_changed(stated, by_name(figures))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -99,7 +99,6 @@ def report(path: Path, jobs: "Sequence[Job]", statistics: bool, folder: Path, co
     from lightcnn.config import Config
     from lightcnn.plots import draw_all
     from shared import report as shared_report
-    from shared.checkpoint import atomic_write
     from shared.claims import judge
     from shared.config import load
     from shared.run import read_results
@@ -114,21 +113,16 @@ def report(path: Path, jobs: "Sequence[Job]", statistics: bool, folder: Path, co
     judgements = [judge(claim, figures, statistics) for claim in claimed]
     judgements.sort(key=lambda item: item.verdict == "not run at this scale")
     table = methods_table(figures, [job.group for job in done])
-    claims = shared_report.claim_table(judgements)
-    shared_report.write_rows(folder / "results.csv", rows)
-    text = (
+    about = (
         f"Accuracy in %, mean ± deviation over seeds, on {one['data']['test_images']} test images that were read once; "
         f"epochs were chosen on {one['data']['validation_images']} validation images. Rows of fewer seeds have the "
         f"first ones; `epochs` were run, not kept. {one['device']}, "
-        f"{one['precision']}, commit {one['commit'][:10]}, `{command}`.\n\n"
+        f"{one['precision']}, commit {one['commit'][:10]}, `{command}`."
     )
-    atomic_write(folder / "methods.md", (text + shared_report.markdown(table)).encode())
-    atomic_write(folder / "claims.md", shared_report.markdown(claims).encode())
-    summary = shared_report.summary_table(f"LightCNN, `{path.stem}`", judgements)
-    atomic_write(folder / "summary.md", shared_report.markdown(summary).encode())
+    shared_report.write_report(folder, rows, about, table, f"LightCNN, `{path.stem}`", judgements)
     draw_all([job.folder for job in done], folder / "plots")
     shared_report.show(f"{path.stem}: accuracy in % (mean ± deviation over seeds)", table)
-    shared_report.show(f"{path.stem}: the paper's claims", claims)
+    shared_report.show(f"{path.stem}: the paper's claims", shared_report.claim_table(judgements))
     print(f"{len(done)} of {len(jobs)} runs; report in {folder}")
 
 

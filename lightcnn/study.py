@@ -9,7 +9,6 @@ from lightcnn.claims import budget_claims
 from lightcnn.config import BudgetConfig, Config
 from lightcnn.plots import draw_ladder
 from shared import report as shared_report
-from shared.checkpoint import atomic_write
 from shared.claims import Figures, judge, show_difference, show_mean
 from shared.cli import find_config, shown
 from shared.config import load
@@ -127,19 +126,16 @@ def report(path: Path, config: Config, done: Sequence[Job], folder: Path, comman
     table = ingredients(figures)
     judgements = [judge(claim, figures, path.stem != "budget_smoke")
                   for claim in budget_claims(config.data.name, one["data"]["image"][0])]  # fmt: skip
-    claims = shared_report.claim_table(judgements)
-    text = (
+    about = (
         f"Accuracy in %, mean ± deviation over seeds. The recipe was chosen on the {one['data']['validation_images']} "
         f"validation images with seeds of their own; the gain is that of a row over the one above it, on validation, "
         f"paired by seed, with its 95 % interval. {one['device']}, {one['precision']}, commit {one['commit'][:10]}, "
-        f"`{command}`.\n\n"
+        f"`{command}`."
     )
-    shared_report.write_rows(folder / "results.csv", rows)
-    atomic_write(folder / "methods.md", (text + shared_report.markdown(table)).encode())
-    atomic_write(folder / "claims.md", shared_report.markdown(claims).encode())
+    shared_report.write_report(folder, rows, about, table, f"LightCNN, `{path.stem}`", judgements)
     draw_ladder(figures, [rung.name for rung in RUNGS] + [TEACHER], folder / "plots")
     shared_report.show(f"{path.stem}: what each ingredient brings", table)
-    shared_report.show(f"{path.stem}: the aims", claims)
+    shared_report.show(f"{path.stem}: the aims", shared_report.claim_table(judgements))
     print(f"{len(done)} runs; report in {folder}")
 
 

@@ -1,6 +1,5 @@
 """Figures of a trained network: the ensemble and each expert. `python -m mdcs.eval runs/mdcs/<run>` recomputes them."""
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -18,12 +17,12 @@ from mdcs.model import MultiExpert, build_model, laid_out, place
 from mdcs.problem import Problem, load_problem
 from shared import metrics
 from shared.checkpoint import load_model
-from shared.cli import check_shared, run_main
+from shared.cli import check_shared, eval_parser, run_main
 from shared.config import load
 from shared.errors import CheckpointError, RunError
 from shared.gpu import autocast, setup
 from shared.longtail import ShotGroups
-from shared.run import changed_figures, read_run
+from shared.run import read_run, tell_changed
 
 Figures = dict[str, float | None]
 
@@ -133,10 +132,7 @@ def load_network(
 
 def run_eval(arguments: Sequence[str]) -> int:
     """The command: 0 if every figure of the last epoch is what the run reported, 1 if not."""
-    parser = argparse.ArgumentParser(prog="python -m mdcs.eval", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a finished run, runs/mdcs/...")
-    parser.add_argument("--device", default="auto")
-    asked = parser.parse_args(arguments)
+    asked = eval_parser("mdcs", __doc__).parse_args(arguments)
     check_shared(__file__)
     results = read_run(asked.run, "mdcs")
     config = load(asked.run / "config.yaml", Config)
@@ -150,12 +146,10 @@ def run_eval(arguments: Sequence[str]) -> int:
     model, epoch = load_network(asked.run, config, len(problem.classes), problem.channels, device)
     figures = evaluate(model, problem, config).figures
     stated = {row["metric"]: row["value"] for row in results["figures"] if row["at"] == config.headline}
-    wrong = changed_figures(stated, figures)
     print(f"the network after epoch {epoch}, on the test set; accuracies are shares in [0, 1]")
     for name, value in figures.items():
         print(f"{name:32} {'-' if value is None else f'{value:.4f}'}")
-    print("\n".join(wrong) if wrong else f"all {len(stated)} figures of the last epoch are those of results.json")
-    return 1 if wrong else 0
+    return tell_changed(stated, figures, " of the last epoch")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,6 @@ from shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from mdcs.study import Arms
-    from shared.claims import Judgement
     from shared.report import Row
     from shared.study import Job
 
@@ -143,42 +142,30 @@ def report(study: Study, jobs: "Sequence[Job]", command: str) -> None:
     from mdcs.plots import draw
     from mdcs.study import columns_of, with_best
     from shared import report as shared_report
-    from shared.checkpoint import atomic_write
     from shared.claims import Fact, judge
 
     rows, folder = collect(study, jobs, command), study.report_folder
     figures = with_best(shared_report.figures_of(rows, "last_epoch"), shared_report.figures_of(rows, "best_on_test"))
     table = shared_report.method_table(figures, list(study.arms), columns_of(study.arms, figures))
-    shared_report.write_rows(folder / "results.csv", rows)
     one = rows[0]
-    text = (
+    about = (
         f"In %, mean ± deviation over seeds, of the last epoch on the balanced test set; `best on test` is the epoch "
         f"that the test set would choose, for comparison only. Equal epochs and batches for all arms. {one.device}, "
-        f"{one.precision}, commit {one.commit[:10]}, `{command}`.\n\n"
+        f"{one.precision}, commit {one.commit[:10]}, `{command}`."
     )
-    atomic_write(folder / "methods.md", (text + shared_report.markdown(table)).encode())
     title = study.config_path.stem + ("" if study.name == "main" else f", {study.name}")
-    shared_report.show(f"{title}: in % (mean ± deviation over seeds)", table)
     claims_asked = MAIN_CLAIMS if study.name == "main" else ALL_CLAIMS
     judgements = [judge(claim, figures, study.statistics) for claim in claims_asked]
     if not study.whole:  # what it does not ask is not "not run"
         judgements = [j for j in judgements if j.verdict != "not run at this scale" and not isinstance(j.claim, Fact)]
     judgements.sort(key=lambda item: item.verdict == "not run at this scale")
+    shared_report.write_report(folder, rows, about, table, f"MDCS, `{title}`", judgements)
+    shared_report.show(f"{title}: in % (mean ± deviation over seeds)", table)
     if judgements:
-        claims = shared_report.claim_table(judgements)
-        shared_report.show(f"{title}: the paper's claims", claims)
-        atomic_write(folder / "claims.md", shared_report.markdown(with_sources(claims, judgements)).encode())
-        summary = shared_report.summary_table(f"MDCS, `{title}`", judgements)
-        atomic_write(folder / "summary.md", shared_report.markdown(summary).encode())
+        shared_report.show(f"{title}: the paper's claims", shared_report.claim_table(judgements))
     done = {job: job.folder for job in jobs if (job.folder / "results.json").exists()}
     draw([(job.group, path) for job, path in done.items()], folder / "plots")
     print(f"{len(done)} of {len(jobs)} runs; report in {folder}")
-
-
-def with_sources(table: list[list[str]], judgements: "Sequence[Judgement]") -> list[list[str]]:
-    """The table of claims with where each is from, for which a terminal is too narrow."""
-    sources = ["source", *(item.claim.source for item in judgements)]
-    return [[row[0], source, *row[1:]] for row, source in zip(table, sources, strict=True)]
 
 
 def parser() -> argparse.ArgumentParser:

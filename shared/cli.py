@@ -100,6 +100,14 @@ def train_command(
     return 0
 
 
+def eval_parser(package: str, description: str) -> argparse.ArgumentParser:
+    """The arguments of every `<package>.eval`."""
+    parser = argparse.ArgumentParser(prog=f"python -m {package}.eval", description=description)
+    parser.add_argument("run", type=Path, help=f"folder of a finished run, runs/{package}/...")
+    parser.add_argument("--device", default="auto")
+    return parser
+
+
 def study_parser(package: str, description: str, unit: str = "methods") -> argparse.ArgumentParser:
     """The arguments of every `<package>.reproduce`; `unit` is what it calls the columns of its study."""
     parser = argparse.ArgumentParser(prog=f"python -m {package}.reproduce", description=description)

@@ -87,10 +87,11 @@ def method_table(
     return rows
 
 
-def claim_table(judgements: Sequence[Judgement]) -> list[list[str]]:
-    """Head and one row a claim."""
-    head = ["claim", "paper", "ours: paired difference [95 %]", "n", "verdict"]
-    return [head, *([j.claim.text, j.claim.paper, j.ours, str(j.n or "-"), j.verdict] for j in judgements)]
+def claim_table(judgements: Sequence[Judgement], sources: bool = False) -> list[list[str]]:
+    """Head and one row a claim; with `sources`, where each is from, for which a terminal is too narrow."""
+    rows = [["claim", "source", "paper", "ours: paired difference [95 %]", "n", "verdict"]]
+    rows += [[j.claim.text, j.claim.source, j.claim.paper, j.ours, str(j.n or "-"), j.verdict] for j in judgements]
+    return rows if sources else [[row[0], *row[2:]] for row in rows]
 
 
 def summary_table(paper: str, judgements: Sequence[Judgement]) -> list[list[str]]:
@@ -100,6 +101,25 @@ def summary_table(paper: str, judgements: Sequence[Judgement]) -> list[list[str]
         if item.claim.headline:
             rows.append([paper, item.claim.text, item.claim.paper, item.ours, str(item.n or "-"), item.verdict])
     return rows
+
+
+def write_report(folder: Path, rows: Iterable[Row], about: str, table: Sequence[Sequence[str]],
+                 name: str, judgements: Sequence[Judgement]) -> None:  # fmt: skip
+    """What every study leaves: `results.csv`, `methods.md`, and with claims `claims.md` and `summary.md`.
+
+    Args:
+        about: the sentences above the table of methods.
+        name: paper and configuration, as the table of all papers has them.
+    """
+    write_rows(folder / "results.csv", rows)
+    texts = {"methods": f"{about}\n\n{markdown(table)}"}
+    if judgements:
+        texts |= {
+            "claims": markdown(claim_table(judgements, sources=True)),
+            "summary": markdown(summary_table(name, judgements)),
+        }
+    for stem, text in texts.items():
+        atomic_write(folder / f"{stem}.md", text.encode())
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:

@@ -230,6 +230,14 @@ def changed_figures(stated: Mapping[str, float | None], found: Mapping[str, floa
     return wrong
 
 
+def tell_changed(stated: Mapping[str, float | None], found: Mapping[str, float | None], of: str = "",
+                 wrong: Iterable[str] = ()) -> int:  # fmt: skip
+    """Print which figures a saved model does not give again, and what is `wrong` besides; the exit code of an eval."""
+    lines = [*wrong, *changed_figures(stated, found)]
+    print("\n".join(lines) if lines else f"all {len(stated)} figures{of} are those of results.json")
+    return 1 if lines else 0
+
+
 def read_metrics(folder: Path, event: str) -> list[dict[str, Any]]:
     """All lines of one event in a run's `metrics.jsonl`."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

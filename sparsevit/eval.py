@@ -3,7 +3,6 @@
 python -m sparsevit.eval runs/sparsevit/smoke-paper-s0
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,11 +13,11 @@ import torch
 
 from shared import report
 from shared.checkpoint import load_model
-from shared.cli import check_shared, run_main
+from shared.cli import check_shared, eval_parser, run_main
 from shared.config import load
 from shared.errors import CheckpointError, ConfigError, RunError
 from shared.gpu import describe, setup
-from shared.run import changed_figures, read_run
+from shared.run import read_run, tell_changed
 from sparsevit.config import Config
 from sparsevit.measure import accuracies, observations, percent, ratio_figures, sizes
 from sparsevit.method import prunable
@@ -101,9 +100,7 @@ def recompute(config: Config, folder: Path, problem: Problem) -> tuple[dict[str,
 
 def run_eval(arguments: Sequence[str]) -> int:
     """The command: 0 if every figure is what the run reported, 1 if not."""
-    parser = argparse.ArgumentParser(prog="python -m sparsevit.eval", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a finished run, runs/sparsevit/...")
-    parser.add_argument("--device", default="auto")
+    parser = eval_parser("sparsevit", __doc__)
     parser.add_argument("--latency", action="store_true", help="time the dense, masked and smaller networks as well")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64], help="batch sizes to time (1 64)")
     asked = parser.parse_args(arguments)
@@ -121,13 +118,11 @@ def run_eval(arguments: Sequence[str]) -> int:
     except OSError as error:
         raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from None
     stated = {row["metric"]: row["value"] for row in results["figures"]}
-    wrong += changed_figures(stated, figures)
     for name, value in figures.items():
         print(f"{name:32} {value:.6g}")
     if asked.latency:
         report.show(f"latency on {describe(device)}", latency_rows(asked.run, config, device, asked.batch))
-    print("\n".join(wrong) if wrong else f"all {len(stated)} figures are those of results.json")
-    return 1 if wrong else 0
+    return tell_changed(stated, figures, wrong=wrong)
 
 
 def latency_rows(folder: Path, config: Config, device: torch.device, batches: Sequence[int]) -> list[list[str]]:

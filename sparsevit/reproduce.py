@@ -112,15 +112,17 @@ def report(config_path: Path, plan: Plan, jobs: "Sequence[Job]", folder: Path, c
         write_json(
             folder / "latency.json", {"run": name, "device": one["device"], "timings": [asdict(t) for t in timed]}
         )
-    shared_report.write_rows(folder / "results.csv", rows)
-    summary = shared_report.summary_table(f"SparseViT, `{config_path.stem}`", judgements)
-    texts = {"verdict": study.verdict(figures, plan.statistics) + "\n", "summary": shared_report.markdown(summary),
+    shared_report.write_report(
+        folder, rows, about(one, command), tables["methods"], f"SparseViT, `{config_path.stem}`", judgements
+    )
+    texts = {"verdict": study.verdict(figures, plan.statistics) + "\n",
              "cautions": study.cautions(figures, judgements) + "\n"}  # fmt: skip
     texts |= {name: shared_report.markdown(table) for name, table in tables.items()}
     texts["methods"] = f"{about(one, command)}\n\n{texts['methods']}"
     parts = [f"# SparseViT, {config_path.stem}\n\n{texts['verdict']}\n{texts['cautions']}"]
     parts += [f"## {TITLES[name][0].upper()}{TITLES[name][1:]}\n\n{texts[name]}" for name in TITLES if name in tables]
-    for name, text in (texts | {"report": "\n".join(parts)}).items():
+    own = {name: text for name, text in texts.items() if name not in ("methods", "claims")}
+    for name, text in (own | {"report": "\n".join(parts)}).items():
         atomic_write(folder / f"{name}.md", text.encode())
     draw([job.folder for job in done], folder / "plots", timings)
     print(f"\n{texts['verdict']}\n{texts['cautions']}")

@@ -24,7 +24,6 @@ from mdcs.reproduce import (
     main,
     planned,
     report,
-    with_sources,
 )
 from mdcs.study import LEAST_SEEDS, MAIN, SMOKE, STUDIES, VARIANCE, VIEWS
 from mdcs.train import main as train_main
@@ -404,7 +403,7 @@ def test_every_claim_stands_beside_its_source_in_the_file_and_not_on_the_termina
 
 def test_sources_are_in_the_order_of_the_judgements():
     judgements = [judge(claim, {}) for claim in reversed(ALL_CLAIMS)]
-    table = with_sources(shared_report.claim_table(judgements), judgements)
+    table = shared_report.claim_table(judgements, sources=True)
     assert table[0][:2] == ["claim", "source"]
     assert [row[:3] for row in table[1:]] == [[c.text, c.source, c.paper] for c in reversed(ALL_CLAIMS)]
     assert {len(row) for row in table} == {6}
