@@ -94,11 +94,13 @@ def test_a_python_command_of_a_readme_works(path, command, finished_run, tmp_pat
         assert stop.value.code == 0
         known = capsys.readouterr().out
         assert [word for word in arguments if word.startswith("--") and word.partition("=")[0] not in known] == []
-    elif "--make" in arguments:  # networks of random values; small ones here
-        place = arguments.index("--make") + 1
-        small = [*arguments[:place], str(tmp_path / arguments[place]), *arguments[place + 1 :]]
-        assert main([*small, "--arch", "s0", "--image", "28"]) == 0
-        assert list(tmp_path.glob("*/*/config.json"))
+    elif name == "latency":  # networks of random values; small ones here, in another folder
+        nets, table = str(tmp_path / "nets"), tmp_path / "latency.md"
+        assert main(["--make", nets, "--arch", "s0", "--image", "28"]) == 0
+        named = {"nets": nets} | {word: str(table) for word in arguments if word.endswith(".md")}
+        if "--make" not in arguments:
+            assert main([*(named.get(word, word) for word in arguments), "--repeats", "2"]) == 0
+            assert table.exists() == (str(table) in named.values())
     else:
         folders = [word for word in arguments if word.startswith("runs/")]
         assert len(folders) == (0 if "--schema" in arguments or "--help" in arguments else 1), f"{path}: {command}"
