@@ -58,7 +58,7 @@ def take(asked: argparse.Namespace) -> Portable:
         data=config.data.name, image=(channels, side, side), mean=[0.0] * channels, std=[1.0] * channels,
         classes=said["classes"], results=results, seed=seed, figures=[row for row in own if row["metric"] in wanted],
         moment="the weights that the validation images chose, tested once", paper=PAPER, tags=["lightweight", "cnn"],
-        title=f"LightCNN, reproduced: {method}, seed {seed}" + (f", fold {asked.fold}" if asked.fold else ""),
+        title=f"LightCNN: {method}, seed {seed}" + (f", fold {asked.fold}" if asked.fold else ""),
         about=f"A network of {sum(p.numel() for p in network.parameters()):,} parameters, trained on "
               f"{facts['train_images']:,} images; {facts['validation_images']:,} more chose its epoch.",
         limits=["Trained for a study of methods, on one data set; nothing is known of it on other pictures."],
