@@ -121,13 +121,13 @@ class Display:
 def claims_of(paper: str, report: Path) -> tuple[list[list[str]], int]:
     """Rows under `HEAD` of one report, and how many claims it could not judge at its scale.
 
-    They are the headline claims; where a scale judges none of these, all that it does judge: counts and identities.
+    They are the headline claims; where a scale compares nothing, all that it does judge: counts and identities.
     """
     head, *lines = table_of(report / "claims.md") or [[]]
     every = [dict(zip(head, line, strict=True)) for line in lines]
     headlines = [row for row in table_of(report / "summary.md")[1:] if row[-1] != NOT_RUN]
     left = sum(row["verdict"] == NOT_RUN for row in every)
-    if headlines:
+    if any("[" in row[3] for row in headlines):  # an interval: a comparison was judged
         return headlines, left
     label = f"{NAMES[paper]}, `{report.name.removeprefix('report-')}`"
     rows = [[label, r["claim"], r["paper"], r[head[-3]], r["n"], r["verdict"]] for r in every]

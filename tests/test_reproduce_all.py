@@ -65,7 +65,7 @@ def test_a_failure_stops_no_other_study_and_the_table_has_all_that_was_reported(
     monkeypatch.setenv("COLUMNS", "200")
     claims = CLAIMS + "| A first | s | - | - | - | not run at this scale |\n| B counts | s | 7 | 7 | 2 | reproduced |\n"
     nothing = HEADLINES + "| FedLoGe, `mini` | A first | - | - | - | not run at this scale |\n"
-    judged = HEADLINES + "| MDCS, `mini` | C better | +5 | +1.00 ± 0.10 points | 4 | inconclusive |\n"
+    judged = HEADLINES + "| MDCS, `mini` | C better | +5 | +1.00 ± 0.10 [+0.90, +1.10] | 4 | inconclusive |\n"
     studies |= {"fedloge": (nothing, claims, 0), "mdcs": (judged, claims, 1), "sparsevit": (judged, claims, 0)}
     arguments = ["--scale", "mini", "--out", str(tmp_path), "--papers", "fedloge", "mdcs", "sparsevit"]
     assert run_main(script.main, arguments) == 1
@@ -75,8 +75,8 @@ def test_a_failure_stops_no_other_study_and_the_table_has_all_that_was_reported(
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.out.splitlines() if "│" in line]
     assert rows == [
         ["FedLoGe, mini", "B counts", "7", "7", "2", "reproduced"],
-        ["MDCS, mini", "C better", "+5", "+1.00 ± 0.10 points", "4", "inconclusive"],
-        ["MDCS, mini", "C better", "+5", "+1.00 ± 0.10 points", "4", "inconclusive"],
+        ["MDCS, mini", "C better", "+5", "+1.00 ± 0.10 [+0.90, +1.10]", "4", "inconclusive"],
+        ["MDCS, mini", "C better", "+5", "+1.00 ± 0.10 [+0.90, +1.10]", "4", "inconclusive"],
     ]
     assert (tmp_path / "mdcs" / "reproduce.txt").read_text() == "the last line of mdcs\n"
 
