@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from shared.checkpoint import atomic_write, load_model, sweep, write_json
 from shared.cli import check_shared
 from shared.errors import CheckpointError, ConfigError, RunError
+from shared.gpu import setup
 from shared.report import markdown
 
 USE = {  # the formats, and how a file of each is used
@@ -155,6 +156,7 @@ def export_command(
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="what is written (RUN/export/<which network>)")
     asked = parser.parse_args(arguments)
     check_shared(file)
+    setup("cpu", threads=1)  # small products on many threads wait for each other where the cores are busy
     if "onnx" in asked.formats and (missing := [name for name in ONNX if importlib.util.find_spec(name) is None]):
         raise ConfigError(f"--format onnx: {missing[0]} is not installed; uv pip install {' '.join(ONNX)}")
     taken, formats = take(asked), dict.fromkeys(asked.formats)

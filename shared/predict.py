@@ -14,6 +14,7 @@ from shared import report
 from shared.cli import check_shared
 from shared.errors import ConfigError, DataError
 from shared.export import Build, Options, Portable, load_exported, parser_of
+from shared.gpu import setup
 
 TOP, AT_ONCE = 5, 64
 
@@ -28,6 +29,7 @@ def predict_command(
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     asked = parser.parse_args(arguments)
     check_shared(file)
+    setup("cpu", threads=1)  # small products on many threads wait for each other where the cores are busy
     if (asked.run / "config.json").is_file():
         unchosen = argparse.ArgumentParser()
         options(unchosen)
