@@ -146,7 +146,9 @@ def final_table(endings: dict[str, Ending]) -> tuple[Table, str]:
 def main(arguments: Sequence[str]) -> int:
     """Run the studies of all papers; exit code 1 if one failed, whatever the verdicts."""
     parser = argparse.ArgumentParser(prog="python results/reproduce_all.py", description=main.__doc__)
-    parser.add_argument("--scale", default="auto", help="auto, smoke (seconds), mini (minutes a paper on a CPU), paper (hours to days)")
+    parser.add_argument(
+        "--scale", default="auto", help="auto, smoke (seconds), mini (minutes a paper), paper (hours to days)"
+    )
     parser.add_argument("--papers", nargs="+", choices=PAPERS, default=list(NAMES), help="some of them")
     parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one a core)")
     parser.add_argument("--out", type=Path, default=OUT, help="runs and reports go below it (runs)")
