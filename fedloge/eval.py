@@ -268,9 +268,11 @@ def run_eval(arguments: Sequence[str]) -> int:
     server = load_server(asked.run, config, problem.shape, device)
     figures = evaluate(server, problem, config)[0] | geometry(server, problem, config)[0]
     stated = {row["metric"]: row["value"] for row in results["figures"] if row["at"] in ("final", "once")}
-    print(f"the models of the last round ({server.round}); accuracies are shares in [0, 1]")
+    print(f"the models of the last round ({server.round}) alone; accuracies are shares in [0, 1]")
+    if config.headline != "last1":
+        print(f"(the training's summary is the mean of its {config.headline.replace('last', 'last ')} rounds, in %)")
     for name, value in figures.items():
-        print(f"{name:32} {'-' if value is None else f'{value:.4f}'}")
+        print(f"{name:32} {'-' if value is None else f'{value:.6g}'}")
     return tell_changed(stated, figures, " of the last round")
 
 

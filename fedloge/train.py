@@ -158,7 +158,7 @@ def dry_run(config: "Config") -> None:
     steps = config.rounds * config.local_epochs * sum(-(-n // config.batch_size) for n in sizes) * clients // len(sizes)
     model_bytes = sum(t.numel() * t.element_size() for t in server.state.values())
     private_bytes = sum(t.numel() * t.element_size() for t in server.private.values())
-    sent = sum(tensor.numel() for tensor in message(server).values())
+    sent = sum(tensor.numel() for tensor in message(server).values() if tensor.is_floating_point())
     print(f"# device           {describe(device)}")
     print(f"# data             {sum(sizes)} images, {min(sizes)} to {max(sizes)} a client; {len(problem.test)} to test")
     print(f"# parameters       {count:,} ({sent:,} values sent by a client in a round)")

@@ -148,7 +148,7 @@ def run_eval(arguments: Sequence[str]) -> int:
     stated = {row["metric"]: row["value"] for row in results["figures"] if row["at"] == config.headline}
     print(f"the network after epoch {epoch}, on the test set; accuracies are shares in [0, 1]")
     for name, value in figures.items():
-        print(f"{name:32} {'-' if value is None else f'{value:.4f}'}")
+        print(f"{name:32} {'-' if value is None else f'{value:.6g}'}")
     return tell_changed(stated, figures, " of the last epoch")
 
 

@@ -100,7 +100,8 @@ def add(folders: Sequence[Path], name: str | None = None) -> dict[Path, list[Row
 
 def main(arguments: Sequence[str]) -> int:
     """Add finished runs to results/<paper>/runs.csv, all or nothing."""
-    parser = argparse.ArgumentParser(prog="python results/add.py", description=main.__doc__)
+    example = "example: python results/add.py runs/lightcnn/smoke-two_stage-s0"
+    parser = argparse.ArgumentParser(prog="python results/add.py", description=main.__doc__, epilog=example)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a finished run")
     parser.add_argument("--as", dest="name", metavar="NAME", help="what to call the method, where settings differ")
     asked = parser.parse_args(arguments)

@@ -213,7 +213,9 @@ def _explain(model: type[Section], item: dict[str, Any], where: dict[Location, s
     choices = re.findall(r"'([^']*)'", str(context.get("expected") or context.get("expected_tags")))
     wanted, given = (known, loc[-1]) if kind == "extra_forbidden" else (choices, found)
     close = difflib.get_close_matches(str(given), wanted, n=1, cutoff=0.5)
-    meant = f"did you mean {close[0]!r}?" if close else ""
+    if kind == "extra_forbidden":  # a key of another section is named whole
+        close = [key for key in _keys(model) if key.rpartition(".")[2] == given and key != _dotted(loc)] or close
+    meant = f"did you mean {' or '.join(map(repr, close))}?" if close else ""
     text = MESSAGES.get(kind, "{found} does not fit: {message}{note}").format_map({
         **context, "found": repr(found)[:60], "message": item["msg"][0].lower() + item["msg"][1:],
         "note": f"; it is {note}" if note else "", "hint": meant or f"known keys: {', '.join(known)}",
@@ -236,6 +238,13 @@ def _locate(model: type[Section], loc: Location) -> tuple[Location, list[str], s
             continue
         kept.append(part)
     return tuple(kept), list(dict.fromkeys(name for m in models for name in m.model_fields)), note
+
+
+def _keys(model: type[Section]) -> list[str]:
+    """The dotted names of all keys that a configuration may have."""
+    deeper = [f"{name}.{key}" for name, field in model.model_fields.items()
+              for inner in _models(field.annotation) for key in _keys(inner)]  # fmt: skip
+    return list(dict.fromkeys([*model.model_fields, *deeper]))
 
 
 def _models(annotation: Any) -> list[type[Section]]:

@@ -116,7 +116,8 @@ def load(name: str, split: Split, root: Path | str | None = None, download: bool
     if missing:
         raise DataError(
             f"{name} ({split}): there is no {', '.join(map(str, missing))}; set DATA_ROOT to the folder that holds "
-            f"{source.folders[0]}, let it be downloaded (download: true), or use the embedded images (name: sample)"
+            f"{source.folders[0]}, let it be downloaded (data.download=true), or use the embedded images "
+            "(data.name=sample)"
         )
     classes, names = source.classes, paths[0].with_name("fine_label_names.txt")
     if names.is_file():  # CIFAR-100 brings the names of its classes

@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def predict_command(
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     asked = parser.parse_args(arguments)
     check_shared(file)
+    for path in asked.images:  # a wrong path is told before the network is built
+        check_image(path)
     setup("cpu", threads=1)  # small products on many threads wait for each other where the cores are busy
     if (asked.run / "config.json").is_file():
         unchosen = argparse.ArgumentParser()
@@ -60,6 +63,27 @@ def show(paths: Sequence[Path], probabilities: Tensor, classes: Sequence[str], a
     report.show("the most probable classes", [["image", "class", "probability"], *rows])
 
 
+def check_image(path: Path) -> None:
+    """DataError if there is no such file or it does not begin as a picture does; reads its first bytes only."""
+    from PIL import Image
+
+    with one_line_errors(path):
+        Image.open(path).close()
+
+
+@contextmanager
+def one_line_errors(path: Path) -> Iterator[None]:
+    """DataError for what goes wrong while a picture file is read."""
+    from PIL import Image
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: is not a picture that can be read ({str(error).splitlines()[0]})") from None
+
+
 def read_image(path: Path, channels: int, size: int, preparation: Mapping[str, Any]) -> Tensor:
     """A picture file as uint8 [channels, size, size]: upright, transparent parts white, grey for one channel.
 
@@ -71,22 +95,17 @@ def read_image(path: Path, channels: int, size: int, preparation: Mapping[str, A
     """
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as opened:
-            image: Image.Image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith(("I", "F")):  # more than 8 bits, which PIL would cut off at 255
-                pixels = np.asarray(image)
-                if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
-                    raise ValueError(f"pixels of mode {image.mode} without a known range; save it with 8 or 16 bits")
-                image = Image.fromarray((pixels / 257).round().astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("L" if channels == 1 else "RGB")
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: is not a picture that can be read ({str(error).splitlines()[0]})") from None
+    with one_line_errors(path), Image.open(path) as opened:
+        image: Image.Image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith(("I", "F")):  # more than 8 bits, which PIL would cut off at 255
+            pixels = np.asarray(image)
+            if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+                raise ValueError(f"pixels of mode {image.mode} without a known range; save it with 8 or 16 bits")
+            image = Image.fromarray((pixels / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("L" if channels == 1 else "RGB")
     # A box makes a blur of what it shrinks as the training did, but squares of what it enlarges.
     box = preparation["resample"] == "box" and min(image.size) >= size
     method = Image.Resampling.BOX if box else Image.Resampling.BILINEAR

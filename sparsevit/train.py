@@ -169,6 +169,7 @@ def dry_run(config: "Config") -> None:
     from sparsevit.start import empty_network
     from sparsevit.weights import load_weights
 
+    print(dump(config), end="", flush=True)
     device = setup(config.device, config.threads)
     problem = load_problem(config.data, device)
     network = empty_network(config, problem, device)
@@ -182,7 +183,6 @@ def dry_run(config: "Config") -> None:
     floats = found["parameters"] * 4 * 4  # weights, gradients, momentum and what AdamW keeps
     tokens = config.batch_size * network.size.tokens
     kept = 4 * tokens * sum(10 * network.size.width + 3 * b.heads * b.head_dim + 3 * b.mlp for b in network.size.blocks)
-    print(dump(config), end="", flush=True)
     print(f"# device           {describe(device)}")
     print(f"# data             {len(problem.train)} images to train, {len(problem.test)} to test, {problem.image} px")
     print(f"# parameters       {found['parameters']:,} ({sum(p.numel() for p in ranked.values()):,} in {len(ranked)} "

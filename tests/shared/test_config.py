@@ -145,6 +145,13 @@ def test_an_unknown_key_names_the_nearest_known_one():
     assert problems("zzz: 1")[0].endswith("known keys: paper, count, scale, text, maybe, inner, shape")
 
 
+def test_an_unknown_key_that_another_section_has_is_named_whole():
+    assert problems("rate: 0.5") == ["a.yaml:1: rate: there is no such key; did you mean 'inner.rate'?"]
+    assert problems("inner:\n  count: 1")[0] == "a.yaml:2: inner.count: there is no such key; did you mean 'count'?"
+    (line,) = problems("shape: {kind: round, side: 1}")  # only the other kind of shape has it
+    assert "did you mean 'shape.side'" not in line
+
+
 def test_all_problems_come_at_once_each_with_its_line():
     found = problems("count: x\ninner:\n  rate: 1.5\n  flag: off\nshape:\n  kind: square\n  side: 0\ncolour: red")
     assert [line.split(": ")[:2] for line in found] == [

@@ -156,8 +156,8 @@ def test_missing_data_names_every_path_looked_at_and_the_ways_out(tmp_path):
         for part in ("images-idx3", "labels-idx1"):
             assert str(tmp_path / "nowhere" / folder / f"t10k-{part}-ubyte") in text
     assert "\n" not in text
-    assert "download: true" in text
-    assert "name: sample" in text
+    assert "data.download=true" in text
+    assert "data.name=sample" in text
 
 
 def test_one_missing_file_is_the_only_one_named(tmp_path):
@@ -444,7 +444,7 @@ def test_single_files_are_downloaded_and_read(monkeypatch, server, tmp_path):
 
 def test_without_the_option_nothing_is_downloaded(monkeypatch, server, tmp_path):
     serve(monkeypatch, server, "cifar10", {"a.tar.gz": tar({"cifar-10-batches-bin/test_batch.bin": b""})})
-    with pytest.raises(DataError, match="download: true"):
+    with pytest.raises(DataError, match=r"data\.download=true"):
         load("cifar10", "test", root=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

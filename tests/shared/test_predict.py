@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from shared import predict
 from shared.errors import DataError
-from shared.predict import read_image
+from shared.predict import check_image, predict_command, read_image
 
 AS_IT_IS = {"centre": 1.0, "resample": "bilinear"}
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
@@ -98,3 +99,15 @@ def test_what_is_no_picture_is_refused_in_one_line(tmp_path):
             read_image(tmp_path / name, 1, 8, AS_IT_IS)
         assert str(refused.value).startswith(f"{tmp_path / name}: ")
         assert "\n" not in str(refused.value)
+
+
+def test_a_wrong_picture_is_told_before_the_network_is_looked_for(tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    for name, reason in {"text.png": "is not a picture", "none.png": "there is no such file"}.items():
+        with pytest.raises(DataError, match=reason):
+            predict_command(predict.__file__, ["no-run", str(tmp_path / name)], lambda parser: None, take, take)
+    check_image(saved(tmp_path, Image.fromarray(COLOUR)))
+
+
+def take(*arguments):
+    raise AssertionError("the network was built first")

@@ -335,6 +335,14 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_shows_the_configuration_even_where_the_data_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
+    assert main(["--config", "smoke", "--dry-run", "data.name=cifar10"]) == 2
+    printed = capsys.readouterr()
+    assert "name: cifar10" in printed.out
+    assert "set DATA_ROOT" in printed.err
+
+
 def test_a_dry_run_finds_weights_in_the_home_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     from sparsevit.model import uniform_size
