@@ -1,5 +1,6 @@
 """Helpers of all tests: tiny runs that take a tenth of a second, and commands in processes of their own."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -134,3 +135,22 @@ def python(clean_environment: dict[str, str]) -> Callable[..., subprocess.Comple
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def load_benchmark() -> Iterator[Callable[[str], Any]]:
+    """Imports a benchmark by name as a module, as its own processes do."""
+    folder = REPOSITORY / "benchmarks"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+
+        def load(name: str) -> Any:
+            spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            patch.setitem(sys.modules, name, module)
+            spec.loader.exec_module(module)
+            return module
+
+        yield load

@@ -1,28 +1,17 @@
 """The benchmark of a round compares two sides that do the same work; its timings are not tested."""
 
 import csv
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from fedloge.federated import add_client, finish_round, live_state, load_client
 
-FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "fedloge_round.py"
-
 
 @pytest.fixture(scope="module")
-def bench():
+def bench(load_benchmark):
     """The benchmark as a module."""
-    spec = importlib.util.spec_from_file_location("fedloge_round", FILE)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FILE.parent)
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        yield module
+    return load_benchmark("fedloge_round")
 
 
 @pytest.mark.parametrize(("network", "method"), [("mlp", "fedavg"), ("convnet", "fedloge")])

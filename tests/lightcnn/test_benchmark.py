@@ -1,9 +1,6 @@
 """The benchmarks of LightCNN compare ways to do the same work; their timings are not tested."""
 
 import csv
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,38 +8,21 @@ import torch
 from lightcnn.augment import Ranges, augment, draw
 from lightcnn.baselines import ImageShape
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def load_script():
-    """Imports a benchmark as a module, as its own processes do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-
-        def load(name):
-            spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-            module = importlib.util.module_from_spec(spec)
-            patch.setitem(sys.modules, name, module)
-            spec.loader.exec_module(module)
-            return module
-
-        yield load
-
-
-@pytest.fixture(scope="module")
-def step(load_script):
+def step(load_benchmark):
     """The benchmark of training."""
-    module = load_script("lightcnn_step")
+    module = load_benchmark("lightcnn_step")
     module.setup("cpu", 1)
     return module
 
 
 @pytest.fixture(scope="module")
-def latency(load_script):
+def latency(load_benchmark):
     """The benchmark of size and latency."""
-    module = load_script("lightcnn_latency")
+    module = load_benchmark("lightcnn_latency")
     module.setup("cpu", 1)
     return module
 

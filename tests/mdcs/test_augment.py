@@ -1,11 +1,9 @@
 import math
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from torch.nn import functional
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode
 from torchvision.transforms import functional as tv
 from torchvision.transforms.autoaugment import _apply_op
@@ -26,6 +24,7 @@ from mdcs.augment import (
 )
 from shared.batches import random_crop, random_flip
 from shared.errors import ConfigError, DataError
+from tests.mdcs.pictures import from_pil, photos, seeded, to_pil
 
 SIGNED = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness"}
 STRONG = [(name, strong) for name, (_, strong) in VIEWS.items() if name != "none"]
@@ -39,27 +38,6 @@ PARTS = [
     ("cutout", partial(cutout, size=16)),
 ]
 ALL = PARTS + WEAK + STRONG
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def photos(n, c=3, h=32, w=32, seed=0):
-    """Smooth shapes, some noise, own brightness: uint8 [n, c, h, w]."""
-    g = seeded(seed)
-    shapes = functional.interpolate(torch.rand(n, c, 5, 5, generator=g), (h, w), mode="bicubic")
-    light = torch.randint(-60, 60, (n, 1, 1, 1), generator=g)
-    return (220 * shapes + 12 * torch.randn(n, c, h, w, generator=g) + light).clamp(0, 255).byte()
-
-
-def to_pil(image):
-    return Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
-
-
-def from_pil(image):
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def recorded(monkeypatch, call, n, size=32):

@@ -1,31 +1,22 @@
 """The benchmark of a step compares two ways to do the same work; its timings are not tested."""
 
 import csv
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from mdcs.eval import run_network
 
-FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "mdcs_step.py"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def bench():
+def bench(load_benchmark):
     """The benchmark as a module, on one thread."""
-    spec = importlib.util.spec_from_file_location("mdcs_step", FILE)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FILE.parent)
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        module.setup("cpu", 1)
-        yield module
+    module = load_benchmark("mdcs_step")
+    module.setup("cpu", 1)
+    return module
 
 
 @pytest.fixture

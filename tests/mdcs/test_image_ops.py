@@ -1,13 +1,12 @@
-import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
-from torch.nn import functional
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 
 from mdcs import image_ops as ops
 from shared.errors import ConfigError, DataError
+from tests.mdcs.pictures import from_pil, photos, seeded, to_pil
 
 SHAPES = [(3, 32, 32), (1, 28, 28), (3, 15, 21), (1, 64, 40)]
 SPREAD = torch.tensor([-1.0, -0.62, -0.3, -0.05, 0.0, 0.05, 0.31, 0.62, 1.0], dtype=torch.float64)  # of an argument
@@ -24,27 +23,6 @@ ENHANCERS = [
     ("Contrast", ops.contrast),
     ("Sharpness", ops.sharpness),
 ]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def photos(n, c=3, h=32, w=32, seed=0):
-    """Smooth shapes, some noise, own brightness: uint8 [n, c, h, w]."""
-    g = seeded(seed)
-    shapes = functional.interpolate(torch.rand(n, c, 5, 5, generator=g), (h, w), mode="bicubic")
-    light = torch.randint(-60, 60, (n, 1, 1, 1), generator=g)
-    return (220 * shapes + 12 * torch.randn(n, c, h, w, generator=g) + light).clamp(0, 255).byte()
-
-
-def to_pil(image):
-    return Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
-
-
-def from_pil(image):
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def difference(found, images, reference, *arguments):

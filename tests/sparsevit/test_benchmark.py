@@ -1,30 +1,21 @@
 """The benchmark compares two ways to do the same work; its timings are not tested."""
 
 import csv
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from sparsevit.method import attention_penalty
 
-FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "sparsevit_step.py"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def bench():
+def bench(load_benchmark):
     """The benchmark as a module, on one thread."""
-    spec = importlib.util.spec_from_file_location("sparsevit_step", FILE)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FILE.parent)
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        module.setup("cpu", 1)
-        yield module
+    module = load_benchmark("sparsevit_step")
+    module.setup("cpu", 1)
+    return module
 
 
 def test_both_ways_give_the_same_loss_penalty_and_gradients(bench):
