@@ -6,6 +6,7 @@ A step is a phase of training with its network, its first weights, its images an
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from lightcnn.augment import AnyWarp, Ranges, Warp
@@ -17,6 +18,7 @@ from lightcnn.method import STAGE1, Phase, fold_phases, unfreezing_schedule
 from lightcnn.model import merge
 from lightcnn.networks import Merged, Modules, Network, Submodels
 from lightcnn.problem import Lane, Problem
+from shared.errors import RunError
 
 Points = dict[str, Stack]  # the networks kept at each point of a run: name -> stack with one network a lane
 BRANCHES = ("branch_a", "branch_b")  # the points of stage 1
@@ -108,17 +110,18 @@ def plan(config: Config, problem: Problem) -> list[Step]:
         return [baseline_step(config, BASELINES[config.method.name], shape)]
     if isinstance(config.method, BudgetConfig):
         return [budget_step(config.method, shape)]
-    return two_stage(config, settings_of(config), shape)
+    return two_stage(config, settings_of(config), shape, problem)
 
 
-def two_stage(config: Config, settings: TwoStageConfig, shape: ImageShape) -> list[Step]:
+def two_stage(config: Config, settings: TwoStageConfig, shape: ImageShape, problem: Problem) -> list[Step]:
     """Stage 1: two submodels on clean and on augmented images. The merge. Stage 2: unfreezing from the top."""
     warp: Warp = "combined" if config.method.name == "combined_warp" else config.augment.warp
     augmented = Images(paper_ranges(config), warp)
     pair = (CLEAN, augmented if settings.branch_b == "augmented" else CLEAN)
     submodels = Submodels(*shape)
     phase = replace(STAGE1, epochs=config.stage1.epochs, patience=config.stage1.patience)
-    steps = [Step(phase, submodels, first_submodels(submodels), pair, BRANCHES, "best", config.batch_size)]
+    stage1 = Step(phase, submodels, first_submodels(submodels), pair, BRANCHES, "best", config.batch_size)
+    steps = [stage1 if config.stage1.branches is None else trained_before(stage1, config.stage1.branches, problem)]
 
     merged, begin = network_of(settings, shape), merge_branches(submodels, settings)
     for phase in stage2_phases(config, settings):
@@ -146,6 +149,33 @@ def capped(phases: list[Phase], config: Config) -> list[Phase]:
 def first_submodels(network: Submodels) -> Callable[[Points, Sequence[Lane]], Stack]:
     """Two submodels a lane, each from its own seed."""
     return lambda points, lanes: stack([network.initial(lane.init_seed(side)) for lane in lanes for side in "ab"])
+
+
+def trained_before(stage1: Step, folder: Path, problem: Problem) -> Step:
+    """Stage 1 without an epoch, which begins with the branches of another run: the same numbers, as if trained here.
+
+    Raises, when it begins:
+        CheckpointError, RunError: the run is missing or unfinished; its images, seeds or stage 1 are others.
+    """
+
+    def begin(points: Points, lanes: Sequence[Lane]) -> Stack:
+        from lightcnn.eval import open_run
+
+        run = open_run(folder, problem)
+        theirs = run.steps[0]
+        if theirs.points != BRANCHES or (theirs.phase, theirs.images, theirs.batch_size) != (
+            stage1.phase, stage1.images, stage1.batch_size
+        ):  # fmt: skip
+            raise RunError(
+                f"{folder}: has no branches of this stage 1 (its epochs, augmentation and batches are others)"
+            )
+        rows = {(lane.seed, lane.fold): row for row, lane in enumerate(run.problem.lanes)}
+        if missing := [lane for lane in lanes if (lane.seed, lane.fold) not in rows]:
+            raise RunError(f"{folder}: has no branches of seed {missing[0].seed}; its seeds are "
+                           f"{', '.join(str(lane.seed) for lane in run.problem.lanes)}")  # fmt: skip
+        return stack([unstack(run.points[p], rows[lane.seed, lane.fold]) for lane in lanes for p in BRANCHES])
+
+    return replace(stage1, phase=replace(stage1.phase, epochs=0), begin=begin)
 
 
 def merge_branches(network: Submodels, settings: TwoStageConfig) -> Callable[[Points, Sequence[Lane]], Stack]:

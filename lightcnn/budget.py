@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from lightcnn.baselines import ImageShape
 from lightcnn.model import glorot_uniform_, he_normal_, linear
-from shared.errors import ConfigError, RunError
+from shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from lightcnn.config import Config
@@ -141,29 +141,23 @@ def teacher_logits(recipe: Recipe, problem: "Problem", config: "Config") -> Tens
     Raises:
         CheckpointError, RunError: the teacher's run is missing or unfinished, or was not trained on the same images.
     """
-    from lightcnn.algorithm import final_point, plan
-    from lightcnn.config import BudgetConfig, Config
-    from lightcnn.eval import load_points
+    from lightcnn.algorithm import final_point
+    from lightcnn.config import BudgetConfig
+    from lightcnn.eval import open_run
     from lightcnn.feed import pixels
-    from lightcnn.problem import load_problem
-    from shared.config import load
     from shared.gpu import autocast
-    from shared.run import read_results
 
     if recipe.teacher is None:
         return None
-    results = read_results(recipe.teacher)
-    if results.get("paper") != "lightcnn" or results["data"]["train_digest"] != problem.digest:
-        raise RunError(f"{recipe.teacher}: the teacher was not trained on this run's images and split; train it anew")
-    own = load(recipe.teacher / "config.yaml", Config)
-    steps, device = plan(own, problem), problem.images.device
-    network, point = steps[-1].network, final_point(steps)
-    theirs = load_points(recipe.teacher, steps, load_problem(own, device))[point]
+    run = open_run(recipe.teacher, problem)
+    network, theirs = run.steps[-1].network, run.points[final_point(run.steps)]
     flips = isinstance(config.method, BudgetConfig) and config.method.flip
     found = []
     for images in torch.split(problem.images, 256):
         views = [pixels(images), pixels(images.flip(-1))][: 1 + flips]
-        with autocast(device, own.precision):
-            logits = [network.forward(theirs, v.expand(len(results["seeds"]), *v.shape), network.levels) for v in views]
+        with autocast(images.device, run.config.precision):
+            logits = [
+                network.forward(theirs, v.expand(len(run.problem.lanes), *v.shape), network.levels) for v in views
+            ]
         found.append(torch.stack([x.float() for x in logits]).mean(dim=(0, 1)))
     return torch.cat(found)

@@ -45,6 +45,7 @@ class Stage1Config(Section):
 
     epochs: int = Field(20, ge=1, description="the most epochs")
     patience: int = Field(5, ge=0, description="epochs without improvement that end it; 0 never does")
+    branches: Path | None = Field(None, description="folder of a finished run whose branches are taken, not trained")
 
 
 class Stage2Config(Section):
@@ -144,6 +145,12 @@ class Config(Section):
     def _seeds_fit(self) -> "Config":
         if self.seed + self.seeds > 2**32:
             raise ValueError(f"seed {self.seed} and the {self.seeds - 1} after it go beyond {2**32 - 1}")
+        return self
+
+    @model_validator(mode="after")
+    def _branches_are_used(self) -> "Config":
+        if self.stage1.branches and not isinstance(self.method, TwoStageConfig | VariantConfig):
+            raise ValueError(f"stage1.branches: method {self.method.name} has no stage 1; leave it out")
         return self
 
     @property

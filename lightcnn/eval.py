@@ -6,7 +6,7 @@ The test set is read here and nowhere else, once, after all training.
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -201,6 +201,30 @@ def load_points(folder: Path, steps: Sequence[Step], problem: Problem) -> Points
     if tensors:
         raise CheckpointError(f"{folder / 'model'}: holds {min(tensors)}, which the run's configuration has not")
     return points
+
+
+class Finished(NamedTuple):
+    """A finished run: its configuration, steps, data and networks."""
+
+    config: Config
+    steps: list[Step]
+    problem: Problem
+    points: Points
+
+
+def open_run(folder: Path, problem: Problem) -> Finished:
+    """A run that another one builds on, which was trained on the same images.
+
+    Raises:
+        CheckpointError, RunError: it is missing, unfinished or damaged, or was trained on other images.
+    """
+    results = read_run(folder, "lightcnn")
+    if results["data"]["train_digest"] != problem.digest:
+        raise RunError(f"{folder}: was not trained on this run's images and split; train it anew")
+    config = load(folder / "config.yaml", Config)
+    own = load_problem(config, problem.images.device)
+    steps = plan(config, own)
+    return Finished(config, steps, own, load_points(folder, steps, own))
 
 
 def once(values: Mapping[str, float], seeds: Sequence[int]) -> list[Figure]:

@@ -1,0 +1,70 @@
+"""Stage 2 from the branches of another run: what training stage 1 again would give, and nothing that does not fit."""
+
+import json
+
+import pytest
+
+from lightcnn.eval import main as eval_main
+from lightcnn.train import main
+from shared.checkpoint import load_model
+from shared.run import read_metrics
+
+OVERRIDES = (
+    "data={name: sample, validation: 50, validation_from: each_class, train: 130, test: 200}",
+    "stage1={epochs: 2, patience: 5}", "stage2={max_epochs: 1}", "seeds=3", "device=cpu",
+)  # fmt: skip
+
+
+def trained(out, *overrides):
+    """The folder of a finished run."""
+    assert main(["--config", "lightcnn/configs/smoke.yaml", "--out", str(out), *OVERRIDES, *overrides]) == 0
+    (folder,) = (path for path in (out / "lightcnn").iterdir() if (path / "results.json").is_file())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A run of the paper's method with three seeds."""
+    return trained(tmp_path_factory.mktemp("source"))
+
+
+def figures(folder):
+    rows = json.loads((folder / "results.json").read_text())["figures"]
+    return {(row["seed"], row["metric"]): row["value"] for row in rows if not row["metric"].startswith("epochs.")}
+
+
+def test_a_variant_from_trained_branches_is_the_variant_trained_whole_to_the_bit(source, tmp_path):
+    whole = trained(tmp_path / "whole", "method=a_only", "seeds=2")
+    taken = trained(tmp_path / "taken", "method=a_only", "seeds=2", f"stage1.branches={source}")
+    tensors = load_model(whole / "model" / "points")[0]
+    again = load_model(taken / "model" / "points")[0]
+    assert set(tensors) == set(again)
+    assert all(tensors[name].equal(again[name]) for name in tensors)
+    assert figures(whole) == figures(taken)
+    (phase,) = (row for row in read_metrics(taken, "phase") if row["phase"] == "stage1")
+    assert phase["epochs"] == [0, 0]
+    assert all(row["phase"] != "stage1" for row in read_metrics(taken, "epoch"))
+    assert eval_main([str(taken)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("data.train=120", "not trained on this run's images"), ("seeds=4", "has no branches of seed 3"),
+     ("stage1.epochs=3", "no branches of this stage 1"), ("method=two_clean", "no branches of this stage 1"),
+     ("augment.zoom=0.1", "no branches of this stage 1"), ("method=scratch", "has no stage 1")],
+)  # fmt: skip
+def test_branches_that_do_not_fit_are_refused_in_one_line(source, tmp_path, capsys, override, message):
+    command = ["--config", "lightcnn/configs/smoke.yaml", "--out", str(tmp_path), *OVERRIDES]
+    assert main([*command, f"stage1.branches={source}", override]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_run_without_branches_is_refused(tmp_path, capsys):
+    baseline = trained(tmp_path / "baseline", "method=scratch", "plain.epochs=1")
+    command = ["--config", "lightcnn/configs/smoke.yaml", "--out", str(tmp_path), *OVERRIDES]
+    assert main([*command, f"stage1.branches={baseline}"]) == 2
+    assert "no branches" in capsys.readouterr().err
+    assert main([*command, f"stage1.branches={tmp_path / 'nowhere'}"]) == 2
+    assert "nowhere" in capsys.readouterr().err
