@@ -48,6 +48,7 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
             epoch = phase.epoch
             report = training.end_epoch(phase, training.validate(phase, problem, config))
             log_epoch(run, phase, epoch, report, time.monotonic() - began)
+            run.progress(number + phase.epoch / phase.step.phase.epochs, len(steps), "phase")
             run.save({"step": number, "points": points, "training": state.snapshot(phase)})
         points = training.end_phase(phase, points)
         log_phase(run, phase)

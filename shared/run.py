@@ -143,9 +143,14 @@ class Run(Generic[C]):
         for done, item in enumerate(items, start + 1):
             if time.monotonic() - shown_at >= PROGRESS_EVERY_SECONDS:
                 shown_at = time.monotonic()
-                self._progress(done - 1, total, unit)
+                self.progress(done - 1, total, unit)
             yield item
-        self._progress(done, total, unit)
+        self.progress(done, total, unit)
+
+    def progress(self, done: float, total: int, unit: str) -> None:
+        """Tell a study how far the run is; `steps` does so itself, but for the parts of a long step."""
+        with contextlib.suppress(OSError):
+            (self.folder / "progress.json").write_text(json.dumps({"done": done, "total": total, "unit": unit}))
 
     def check(self) -> None:
         """To be called after each step: raises InterruptedRunError once a signal has come."""
@@ -168,10 +173,6 @@ class Run(Generic[C]):
         details = {"step": error.step, "loss": str(error.loss), **where, "config": dump(self.config)}
         checkpoint.write_json(bundle, details)
         return RunError(f"{self.folder.name}: {error}; the batch and the configuration are in {bundle}")
-
-    def _progress(self, done: int, total: int, unit: str) -> None:
-        with contextlib.suppress(OSError):
-            (self.folder / "progress.json").write_text(json.dumps({"done": done, "total": total, "unit": unit}))
 
     def _cut_metrics(self, size: int) -> None:
         path = self.folder / "metrics.jsonl"

@@ -169,3 +169,13 @@ def test_another_seed_gives_other_bits_and_the_same_seed_the_same(tmp_path, conf
     assert again == never_stopped("two_stage")
     other = whole(tmp_path / "other", config_of("method=two_stage", *SETTINGS, "seed=5"))
     assert other["results"]["model_digest"] != again["results"]["model_digest"]
+
+
+def test_a_run_of_one_phase_tells_how_far_it_is_after_each_epoch(config_of, tmp_path, monkeypatch):
+    shares, written = [], Run.progress
+    monkeypatch.setattr(Run, "progress", lambda run, done, total, unit: (
+        shares.append(done / total), written(run, done, total, unit)))  # fmt: skip
+    config = config_of("method=scratch", "plain={epochs: 4, patience: 0}", "seeds=1")
+    with Run(tmp_path / "run", config, "test") as run:
+        train(config, run)
+    assert shares == [0, 0.25, 0.5, 0.75, 1, 1]
