@@ -114,9 +114,9 @@ def report(path: Path, jobs: "Sequence[Job]", statistics: bool, folder: Path, co
     judgements.sort(key=lambda item: item.verdict == "not run at this scale")
     table = methods_table(figures, [job.group for job in done])
     about = (
-        f"Accuracy in %, mean ± deviation over seeds, on {one['data']['test_images']} test images that were read once; "
-        f"epochs were chosen on {one['data']['validation_images']} validation images. Rows of fewer seeds have the "
-        f"first ones; `epochs` were run, not kept. {one['device']}, "
+        f"Accuracy in %, mean ± deviation over seeds, on {one['data']['test_images']:,} test images that were read "
+        f"once; epochs were chosen on {one['data']['validation_images']:,} validation images. Rows of fewer seeds "
+        f"have the first ones; `epochs` were run, not kept. {one['device']}, "
         f"{one['precision']}, commit {one['commit'][:10]}, `{command}`."
     )
     shared_report.write_report(folder, rows, about, table, f"LightCNN, `{path.stem}`", judgements)

@@ -127,10 +127,10 @@ def report(path: Path, config: Config, done: Sequence[Job], folder: Path, comman
     judgements = [judge(claim, figures, path.stem != "budget_smoke")
                   for claim in budget_claims(config.data.name, one["data"]["image"][0])]  # fmt: skip
     about = (
-        f"Accuracy in %, mean ± deviation over seeds. The recipe was chosen on the {one['data']['validation_images']} "
-        f"validation images with seeds of their own; the gain is that of a row over the one above it, on validation, "
-        f"paired by seed, with its 95 % interval. {one['device']}, {one['precision']}, commit {one['commit'][:10]}, "
-        f"`{command}`."
+        "Accuracy in %, mean ± deviation over seeds. The recipe was chosen on the "
+        f"{one['data']['validation_images']:,} validation images with seeds of their own; the gain is that of a row "
+        f"over the one above it, on validation, paired by seed, with its 95 % interval. {one['device']}, "
+        f"{one['precision']}, commit {one['commit'][:10]}, `{command}`."
     )
     shared_report.write_report(folder, rows, about, table, f"LightCNN, `{path.stem}`", judgements)
     draw_ladder(figures, [rung.name for rung in RUNGS] + [TEACHER], folder / "plots")
