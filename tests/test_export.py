@@ -177,6 +177,8 @@ def test_what_a_run_does_not_have_is_refused_with_what_it_has(package, runs, tmp
 def test_what_cannot_be_named_or_exported_is_told_in_one_line(package, runs, tmp_path, capsys):
     main, export = import_module(f"{package}.predict").main, import_module(f"{package}.export").main
     (tmp_path / "text.png").write_text("no picture")
+    picture = tmp_path / "picture.png"
+    Image.new("L", (28, 28)).save(picture)
     other = runs["mdcs" if package != "mdcs" else "fedloge"]
     assert exported(package, runs[package], tmp_path / "out") == 0
     one_of_a_run = list(CHOICES[package])[-1].split()
@@ -184,9 +186,9 @@ def test_what_cannot_be_named_or_exported_is_told_in_one_line(package, runs, tmp
     for call, given, reason in (
         (main, [runs[package], tmp_path / "text.png"], "is not a picture"),
         (main, [runs[package], tmp_path / "none.png"], "there is no such file"),
-        (main, [tmp_path, tmp_path / "text.png"], "is not a finished run"),
-        (main, [tmp_path / "out", *one_of_a_run, tmp_path / "text.png"], "is one exported network"),
-        (main, [other, tmp_path / "text.png"], f"not of {package}"),
+        (main, [tmp_path, picture], "is not a finished run"),
+        (main, [tmp_path / "out", *one_of_a_run, picture], "is one exported network"),
+        (main, [other, picture], f"not of {package}"),
         (export, [other], f"not of {package}"),
         (export, [runs[package], "--out", tmp_path], "is no export of this network"),
     ):
