@@ -6,7 +6,6 @@ A step is a phase of training with its network, its first weights, its images an
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 from lightcnn.augment import AnyWarp, Ranges, Warp
@@ -121,7 +120,7 @@ def two_stage(config: Config, settings: TwoStageConfig, shape: ImageShape, probl
     submodels = Submodels(*shape)
     phase = replace(STAGE1, epochs=config.stage1.epochs, patience=config.stage1.patience)
     stage1 = Step(phase, submodels, first_submodels(submodels), pair, BRANCHES, "best", config.batch_size)
-    steps = [stage1 if config.stage1.branches is None else trained_before(stage1, config.stage1.branches, problem)]
+    steps = [stage1 if config.stage1.branches is None else trained_before(stage1, config, problem)]
 
     merged, begin = network_of(settings, shape), merge_branches(submodels, settings)
     for phase in stage2_phases(config, settings):
@@ -151,24 +150,23 @@ def first_submodels(network: Submodels) -> Callable[[Points, Sequence[Lane]], St
     return lambda points, lanes: stack([network.initial(lane.init_seed(side)) for lane in lanes for side in "ab"])
 
 
-def trained_before(stage1: Step, folder: Path, problem: Problem) -> Step:
+def trained_before(stage1: Step, config: Config, problem: Problem) -> Step:
     """Stage 1 without an epoch, which begins with the branches of another run: the same numbers, as if trained here.
 
     Raises, when it begins:
         CheckpointError, RunError: the run is missing or unfinished; its images, seeds or stage 1 are others.
     """
+    folder = config.stage1.branches
+    assert folder is not None
 
     def begin(points: Points, lanes: Sequence[Lane]) -> Stack:
         from lightcnn.eval import open_run
 
         run = open_run(folder, problem)
-        theirs = run.steps[0]
-        if theirs.points != BRANCHES or (theirs.phase, theirs.images, theirs.batch_size) != (
-            stage1.phase, stage1.images, stage1.batch_size
-        ):  # fmt: skip
-            raise RunError(
-                f"{folder}: has no branches of this stage 1 (its epochs, augmentation and batches are others)"
-            )
+        (theirs, wanted) = ((s.points, s.phase, s.images, s.batch_size, c.precision)
+                            for s, c in ((run.steps[0], run.config), (stage1, config)))  # fmt: skip
+        if theirs != wanted:
+            raise RunError(f"{folder}: has no branches of this stage 1 (epochs, augmentation, batches, precision)")
         rows = {(lane.seed, lane.fold): row for row, lane in enumerate(run.problem.lanes)}
         if missing := [lane for lane in lanes if (lane.seed, lane.fold) not in rows]:
             raise RunError(f"{folder}: has no branches of seed {missing[0].seed}; its seeds are "

@@ -51,7 +51,8 @@ def test_a_variant_from_trained_branches_is_the_variant_trained_whole_to_the_bit
     ("override", "message"),
     [("data.train=120", "not trained on this run's images"), ("seeds=4", "has no branches of seed 3"),
      ("stage1.epochs=3", "no branches of this stage 1"), ("method=two_clean", "no branches of this stage 1"),
-     ("augment.zoom=0.1", "no branches of this stage 1"), ("method=scratch", "has no stage 1")],
+     ("augment.zoom=0.1", "no branches of this stage 1"), ("precision=bfloat16", "no branches of this stage 1"),
+     ("method=scratch", "has no stage 1")],
 )  # fmt: skip
 def test_branches_that_do_not_fit_are_refused_in_one_line(source, tmp_path, capsys, override, message):
     command = ["--config", "lightcnn/configs/smoke.yaml", "--out", str(tmp_path), *OVERRIDES]
