@@ -14,7 +14,7 @@ import argparse
 import statistics
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -182,15 +182,30 @@ def rows_of(case: str, device: torch.device, sizes: Sizes, report: Report) -> li
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Head and one row a network."""
     lines = [["network", "parameters", "weights, kB", "safetensors, kB", "int8, kB", "multiply-adds",
               *(f"{what}, ms [quartiles]" for what in BATCHES.values())]]  # fmt: skip
     for row in rows:
-        kilobytes = (f"{row[name] / 1000:.1f}" for name in COUNTS[1:4])
-        shown = (f"{row[f'{key}.ms']:.3g} [{row[f'{key}.ms_q1']:.3g}, {row[f'{key}.ms_q3']:.3g}]" for key in BATCHES)
-        lines.append([row["network"], f"{row['parameters']:,}", *kilobytes, f"{row['multiply_adds']:,}", *shown])
+        kilobytes = (f"{int(row[name]) / 1000:.1f}" for name in COUNTS[1:4])
+        times = [[float(row[f"{key}.{end}"]) for end in ("ms", "ms_q1", "ms_q3")] for key in BATCHES]
+        shown = (f"{middle:.3g} [{low:.3g}, {high:.3g}]" for middle, low, high in times)
+        counts = [f"{int(row[name]):,}" for name in ("parameters", "multiply_adds")]
+        lines.append([row["network"], counts[0], *kilobytes, counts[1], *shown])
     return lines
+
+
+def text_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The Markdown beside a CSV, from its rows: what was measured where, then a table for each kind of image."""
+    one = rows[0]
+    text = (
+        f"{one['device']}, {one['threads']} thread{'s' if int(one['threads']) > 1 else ''}, torch {one['torch']}, "
+        f"float32, commit {one['commit'][:10]}; medians of {one['n']} turns, all networks by turns. "
+        "kB are 1,000 bytes.\n"
+    )
+    for case in dict.fromkeys(row["images"] for row in rows):
+        text += f"\n**{case}**\n\n{markdown(table([row for row in rows if row['images'] == case]))}"
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -206,17 +221,10 @@ def main(arguments: list[str] | None = None) -> int:
     for case in CASES:
         print(f"{perf_counter() - began:.0f} s: {case} ...", file=sys.stderr)
         rows += rows_of(case, device, sizes, report)
-    one = rows[0]
-    text = (
-        f"{one['device']}, {one['threads']} thread{'s' if one['threads'] > 1 else ''}, torch {one['torch']}, float32, "
-        f"commit {one['commit'][:10]}; medians of {one['n']} turns, all networks by turns. kB are 1,000 bytes.\n"
-    )
     for case in CASES:
-        lines = table([row for row in rows if row["images"] == case])
-        show(case, lines)
-        text += f"\n**{case}**\n\n{markdown(lines)}"
+        show(case, table([row for row in rows if row["images"] == case]))
     write_csv(asked.out, COLUMNS, rows)
-    atomic_write(asked.out.with_suffix(".md"), text.encode())
+    atomic_write(asked.out.with_suffix(".md"), text_of(rows).encode())
     print(f"written: {asked.out}")
     return 0
 

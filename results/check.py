@@ -90,6 +90,8 @@ def file_problems(path: Path) -> list[str]:
         return problems
     if path.name == "benchmarks.csv":
         return recompute.benchmark_problems(path)
+    if path.name == "latency.csv":
+        return recompute.latency_problems(path)
     if SCHEMAS[path.name] is not RESULTS:
         return []
     problems = row_problems(path, lines)

@@ -88,8 +88,32 @@ CLIENTS: Mapping[str, Test] = {
     "images_per_second": positive,
     "loss": number,
 }
+LAYOUT = matches(r"NCHW|channels_last")
+LATENCY: Mapping[str, Test] = {
+    "images": TEXT,
+    "network": TEXT,
+    "parameters": COUNTED,
+    "bytes.weights": COUNTED,
+    "bytes.safetensors": COUNTED,
+    "bytes.int8": COUNTED,
+    "multiply_adds": COUNTED,
+    "one.layout": LAYOUT,
+    "one.ms": positive,
+    "one.ms_q1": positive,
+    "one.ms_q3": positive,
+    "batch.layout": LAYOUT,
+    "batch.ms": positive,
+    "batch.ms_q1": positive,
+    "batch.ms_q3": positive,
+    "n": COUNTED,
+    "device": TEXT,
+    "threads": COUNTED,
+    "torch": TEXT,
+    "commit": COMMIT,
+}
 SCHEMAS: Mapping[str, Mapping[str, Test]] = {
     "results.csv": RESULTS, "runs.csv": RESULTS, "benchmarks.csv": BENCHMARKS, "clients.csv": CLIENTS,
+    "latency.csv": LATENCY,
 }  # fmt: skip
 
 

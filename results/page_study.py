@@ -119,21 +119,24 @@ class StudyPart:
 
 
 class BenchmarkPart:
-    """The benchmarks of one paper."""
+    """The benchmarks of one paper, and the table of latencies where it has one."""
 
-    def __init__(self, path: Path) -> None:
-        self.text = path.read_text(encoding="utf-8")
-        self.lines: LINES = read_lines(path.with_suffix(".csv"))[1]
+    def __init__(self, folder: Path) -> None:
+        found = [folder / name for name in ("benchmarks.md", "latency.md") if (folder / name).exists()]
+        self.texts = [path.read_text(encoding="utf-8") for path in found]
+        self.lines: LINES = [line for path in found for line in read_lines(path.with_suffix(".csv"))[1]]
 
     def html(self, paper: str) -> str:
         """The part's beginning; the caller closes the section."""
-        about, *rest = re.split(r"^\*\*(.+)\*\*$", self.text, flags=re.MULTILINE)
-        lines = [f'<section id="{paper}-benchmarks"><h3>Benchmarks</h3>{parts.prose(about, 4, "..")}']
-        for title, text in zip(rest[::2], rest[1::2], strict=True):
-            lines.append(f"<h4>{parts.inline(title[0].upper() + title[1:])}</h4>")
-            for table in read_tables(text):
-                drawn = parts.table(table, f"Benchmark: {title}", "methods")
-                lines.append(f"<figure>{drawn}<figcaption>Made by <code>make bench</code></figcaption></figure>")
+        lines = [f'<section id="{paper}-benchmarks"><h3>Benchmarks</h3>']
+        for whole in self.texts:
+            about, *rest = re.split(r"^\*\*(.+)\*\*$", whole, flags=re.MULTILINE)
+            lines.append(parts.prose(about, 4, ".."))
+            for title, text in zip(rest[::2], rest[1::2], strict=True):
+                lines.append(f"<h4>{parts.inline(title[0].upper() + title[1:])}</h4>")
+                for table in read_tables(text):
+                    drawn = parts.table(table, f"Benchmark: {title}", "methods")
+                    lines.append(f"<figure>{drawn}<figcaption>Made by <code>make bench</code></figcaption></figure>")
         return "\n".join(lines)
 
     def environment(self, paper: str) -> list[list[str]]:

@@ -185,19 +185,27 @@ def benchmark_problems(path: Path) -> list[str]:
     rows: list[Mapping[str, Any]] = [
         {key: float(value) if key in numbers else value for key, value in line.items() if value} for line in lines
     ]
-    wanted = _bench_report().ratios(rows)
+    return _text_problems(path, _benchmark("bench_report").ratios(rows))
+
+
+def latency_problems(path: Path) -> list[str]:
+    """What `latency.md` says that the CSV beside it does not."""
+    _benchmark("bench_report")  # which the other imports by its name
+    return _text_problems(path, _benchmark("lightcnn_latency").text_of(read_lines(path)[1]))
+
+
+def _text_problems(path: Path, wanted: str) -> list[str]:
     found = path.with_suffix(".md")
     if found.exists() and found.read_text(encoding="utf-8") == wanted:
         return []
     return [f"{found.name}: is not what the CSV gives"]
 
 
-def _bench_report() -> ModuleType:
-    place = REPOSITORY / "benchmarks" / "bench_report.py"
-    specification = importlib.util.spec_from_file_location("bench_report", place)
+def _benchmark(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(name, REPOSITORY / "benchmarks" / f"{name}.py")
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
-    sys.modules.setdefault("bench_report", module)
+    sys.modules.setdefault(name, module)
     specification.loader.exec_module(module)
     return module

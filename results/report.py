@@ -42,8 +42,7 @@ class PaperPart:
         found = [*(study / "results.csv" for study in studies), *folder.glob("runs.csv")]
         self.studies = [StudyPart(path, self.name, titles) for path in found]
         self.studies.sort(key=lambda study: -len(study.headlines))  # what says most first
-        bench = folder / "benchmarks.md"
-        self.benchmark = BenchmarkPart(bench) if bench.exists() else None
+        self.benchmark = BenchmarkPart(folder) if (folder / "benchmarks.md").exists() else None
 
     @property
     def published(self) -> bool:

@@ -121,7 +121,7 @@ def test_the_rendered_tables_of_a_study_are_those_of_its_files(drawn, name):
 
 
 def test_the_rendered_benchmarks_are_those_of_their_files(drawn):
-    for path in sorted((REPOSITORY / "results").glob("*/benchmarks.md")):
+    for path in sorted((REPOSITORY / "results").glob("*/*.md")):  # benchmarks.md, latency.md
         for title, table in zip(re.findall(r"^\*\*(.+)\*\*$", path.read_text(), re.MULTILINE),
                                 recompute.read_tables(path.read_text()), strict=True):  # fmt: skip
             found = [[[plain(c) for c in r] for r in t["rows"]] for t in drawn["tables"]

@@ -47,10 +47,11 @@ def test_what_is_published_is_whole(capsys):
 
 def test_the_readme_documents_every_column_in_order():
     text = (REPOSITORY / "results" / "README.md").read_text(encoding="utf-8")
-    for name, schema in (("results.csv", csv_schema.RESULTS), ("benchmarks.csv", csv_schema.BENCHMARKS)):
+    for name in ("results.csv", "benchmarks.csv", "latency.csv"):
         section = text.partition(f"\n## `{name}`")[2].partition("\n## ")[0]
         first_cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
-        assert [column for cell in first_cells for column in re.findall(r"`(\w+)`", cell)] == list(schema)
+        documented = [column for cell in first_cells for column in re.findall(r"`([\w.]+)`", cell)]
+        assert documented == list(csv_schema.SCHEMAS[name])
     assert set(re.findall(r"`(\w+)`", text.partition("\n## `clients.csv`")[2])) == set(csv_schema.CLIENTS)
 
 
@@ -141,6 +142,22 @@ def test_benchmarks_that_say_other_than_their_csv_are_named(tmp_path):
     assert check.file_problems(tmp_path / "benchmarks.csv") == []
     (tmp_path / "benchmarks.md").write_text("1.95 times")
     assert check.file_problems(tmp_path / "benchmarks.csv") == ["benchmarks.md: is not what the CSV gives"]
+
+
+def test_latencies_that_say_other_than_their_csv_are_named(tmp_path, load_benchmark):
+    path, latency = tmp_path / "latency.csv", load_benchmark("lightcnn_latency")
+    counts = dict.fromkeys(latency.COUNTS, 14_862)
+    layouts = {f"{key}.layout": "NCHW" for key in latency.BATCHES}
+    times = {f"{key}.{end}": 0.25 for key in latency.BATCHES for end in ("ms", "ms_q1", "ms_q3")}
+    where = {"n": 15, "device": "CPU", "threads": 1, "torch": "2.15.0", "commit": "0" * 40}
+    row = {"images": "28 x 28 grey", "network": "merged", **counts, **layouts, **times, **where}
+    latency.write_csv(path, latency.COLUMNS, [row])
+    path.with_suffix(".md").write_text(latency.text_of([row]))
+    assert check.file_problems(path) == []
+    latency.write_csv(path, latency.COLUMNS, [row | {"one.ms": 0.125}])
+    assert check.file_problems(path) == ["latency.md: is not what the CSV gives"]
+    latency.write_csv(path, latency.COLUMNS, [row | {"one.layout": "NHWC"}])
+    assert check.file_problems(path) == ["2: one.layout: 'NHWC' does not fit (results/README.md)"]
 
 
 @pytest.mark.parametrize(("text", "said"), [
