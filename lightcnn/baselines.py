@@ -11,7 +11,7 @@ from torch.nn import functional
 from lightcnn.model import conv, glorot_uniform_, he_normal_, linear
 from lightcnn.networks import Merged, Modules, Network, Submodels
 
-WIDE = (18, 34)  # filters of a single submodel with 14,232 parameters
+WIDE = (18, 34)  # filters of a single submodel with 14,232 parameters for one channel, 18,296 for colour images
 
 
 class ImageShape(NamedTuple):

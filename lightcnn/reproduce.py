@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from shared.cli import check_shared, check_study, find_config, publish, run_main
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
+    from lightcnn.config import Config
     from shared.claims import Figures
     from shared.report import Row
     from shared.study import Job
@@ -18,25 +19,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Slice:
-    """Some methods under one configuration, with so many seeds side by side in each run."""
+    """Some methods under one configuration, with so many seeds side by side in each run.
+
+    config: a name in `lightcnn/configs/`, or the path of a file.
+    epochs: of the methods `AS_LONG`: what `two_stage` took there, mean over seeds, rounded up (default: all it may).
+    """
 
     config: str
     methods: tuple[str, ...]
     seeds: int
+    epochs: int | None = None
 
 
 CORE = ("two_stage", "scratch", "all_at_once", "two_clean", "bn_gap")
-OTHERS = ("notebook", "submodel", "wide", "scratch_mild", "scratch_one_cycle", "wide_one_cycle")
-ABLATIONS = ("literal", "a_only", "no_transfer", "linear_head", "combined_warp", "scratch_augmented")
+OTHERS = ("notebook", "submodel", "wide", "scratch_one_cycle", "lenet5")
+ABLATIONS = ("literal", "a_only", "no_transfer", "linear_head", "combined_warp")
+MORE = ("scratch_mild", "scratch_augmented", "wide_one_cycle")  # no claim needs them
+# Trained in one go, and by their claim for as many epochs as the two stages: none of them stops early.
+AS_LONG = ("scratch", "submodel", "wide")
 # What a scale runs. The peers from torchvision take hours each without a GPU: `--methods squeezenet` and so on.
 PLANS: dict[str, tuple[Slice, ...]] = {
-    "smoke": (Slice("smoke", (*CORE, *OTHERS, *ABLATIONS, "lenet5"), 2),),
-    "mini": (Slice("mini", (*CORE, *OTHERS, *ABLATIONS, "lenet5"), 5),),
+    "smoke": (Slice("smoke", (*CORE, *OTHERS, *ABLATIONS, *MORE), 2),),
+    "mini": (Slice("mini", (*CORE, *OTHERS, *ABLATIONS), 5),),
     "paper": (
-        Slice("fashion_mnist", CORE, 5),
-        Slice("mnist", CORE, 5),
+        Slice("fashion_mnist", CORE, 5, epochs=57),
+        Slice("mnist", CORE, 5, epochs=46),
         Slice("cifar10", CORE, 5),
-        Slice("fashion_mnist", (*OTHERS, *ABLATIONS, "lenet5"), 3),
+        Slice("fashion_mnist", (*OTHERS, *ABLATIONS, *MORE), 3, epochs=57),
     ),
 }
 WITHOUT_STATISTICS = {"smoke"}
@@ -57,9 +66,27 @@ def jobs_of(part: Slice, path: Path, out: Path) -> "list[Job]":
     for method in part.methods:
         overrides = [f"method={method}"] if method != config.method.name else []
         overrides += [f"seeds={part.seeds}"] if part.seeds != config.seeds else []
+        overrides += equal_epochs(method, config, part.epochs)
         folder = out / "lightcnn" / folder_name(path.stem, method, config.seed, overrides)
         jobs.append(Job(method, config.seed, folder, ("--config", shown(path), "--out", str(out), *overrides)))
     return jobs
+
+
+def equal_epochs(method: str, config: "Config", epochs: int | None) -> list[str]:
+    """What makes a method's epochs in all as many as those of the two stages, where a comparison rests on that.
+
+    `epochs` is a slice's. Where a configuration caps the phases, a schedule of fewer phases gets longer ones.
+    """
+    from lightcnn.algorithm import VARIANTS, nominal_epochs
+    from lightcnn.method import unfreezing_schedule
+
+    if method in AS_LONG:
+        return [f"plain.epochs={epochs or nominal_epochs(config)}", "plain.patience=0"]
+    schedule, cap = VARIANTS.get(method, {}).get("schedule"), config.stage2.max_epochs
+    if schedule is None or cap is None:
+        return []
+    wanted, phases = len(unfreezing_schedule("paper")) * cap, unfreezing_schedule(schedule)
+    return [f"stage2.max_epochs={max(1, wanted // len(phases))}"]
 
 
 def study_rows(config_name: str, results: dict[str, Any], command: str) -> "list[Row]":
@@ -127,16 +154,34 @@ def report(path: Path, jobs: "Sequence[Job]", statistics: bool, folder: Path, co
 
 
 def chosen_slices(asked: argparse.Namespace, scale: str) -> list[Slice]:
-    """The scale's plan, narrowed to what was asked for."""
-    parts = [part for plan in PLANS.values() for part in plan if part.config == Path(asked.config or "").stem]
-    if not asked.config:
-        parts = list(PLANS[scale])
-    elif not parts:
-        parts = [Slice(asked.config, CORE, 3)]
+    """The scale's plan, narrowed to what was asked for; a configuration keeps the plan of its own name.
+
+    Raises:
+        ConfigError: there is no such configuration, or its method is not the paper's as the arms of a study are.
+    """
+    parts = list(PLANS[scale])
+    if asked.config:
+        stem = check_arms(find_config(asked.config, "lightcnn")).stem
+        own = [part for plan in PLANS.values() for part in plan if part.config == stem] or [Slice(stem, CORE, 3)]
+        parts = [replace(part, config=asked.config) for part in own]
     if asked.methods:
-        parts = [Slice(name, tuple(asked.methods), 3 if scale == "paper" else parts[0].seeds)
-                 for name in dict.fromkeys(part.config for part in parts)]  # fmt: skip
-    return [Slice(part.config, part.methods, asked.seeds or part.seeds) for part in parts]
+        seeds = 3 if scale == "paper" else parts[0].seeds
+        first = {part.config: part for part in reversed(parts)}
+        parts = [replace(part, methods=tuple(asked.methods), seeds=seeds) for part in reversed(first.values())]
+    return [replace(part, seeds=asked.seeds or part.seeds) for part in parts]
+
+
+def check_arms(path: Path) -> Path:
+    """The path; ConfigError for choices in `method` which every arm would take for the paper's."""
+    from lightcnn.config import Config, TwoStageConfig
+    from shared.config import load
+
+    method = load(path, Config).method
+    if isinstance(method, TwoStageConfig) and method != TwoStageConfig():
+        changed = ", ".join(f"{key}: {value}" for key, value in method if value != getattr(TwoStageConfig(), key))
+        raise ConfigError(f"{path.name}: method has {changed}, but a study's two_stage is the paper's; train it with "
+                          "`python -m lightcnn.train`")  # fmt: skip
+    return path
 
 
 def reproduce_budget(asked: argparse.Namespace, scale: str, command: str) -> int:

@@ -1,12 +1,14 @@
 """The study's plan: which runs, under which settings, and what may be published."""
 
+from argparse import Namespace
+
 import pytest
 
-from lightcnn.algorithm import METHODS, VARIANTS, plan, settings_of
+from lightcnn.algorithm import METHODS, VARIANTS, nominal_epochs, plan, settings_of
 from lightcnn.baselines import BASELINES
 from lightcnn.claims import all_claims
 from lightcnn.config import Config
-from lightcnn.reproduce import CORE, PLANS, Slice, jobs_of, main
+from lightcnn.reproduce import CORE, PLANS, Slice, chosen_slices, jobs_of, main
 from shared.claims import Comparison
 from shared.cli import find_config
 from shared.config import load
@@ -35,6 +37,45 @@ def test_every_figure_of_a_claim_is_of_a_method_that_the_plan_runs(scale):
                     others = claim.right if isinstance(claim.right, tuple) else (claim.right,)
                     named |= {f.partition("/")[0] for f in (claim.left, *others) if isinstance(f, str)}
             assert named <= set(run)
+
+
+def configs_of(part, tmp_path):
+    """The configuration of each method's run."""
+    jobs = jobs_of(part, find_config(part.config, "lightcnn"), tmp_path)
+    return {job.group: load(find_config(job.arguments[1], "lightcnn"), Config, job.arguments[4:]) for job in jobs}
+
+
+def total_epochs(config, problem):
+    return sum(step.phase.epochs for step in plan(config, problem))
+
+
+@pytest.mark.parametrize("scale", PLANS)
+def test_what_is_compared_over_as_many_epochs_has_them_and_does_not_stop_early(scale, tmp_path, config_of, problem_of):
+    problem = problem_of(config_of())  # a plan's epochs are the same for all images
+    for part in PLANS[scale]:
+        configs = configs_of(part, tmp_path)
+        nominal = nominal_epochs(next(iter(configs.values())))
+        for method in {"scratch", "submodel", "wide"} & set(configs):
+            (step,) = plan(configs[method], problem)
+            assert step.phase.patience == 0
+            assert step.phase.epochs == (part.epochs or nominal)
+        if part.config == "mini":
+            assert nominal == 28
+            found = {m: total_epochs(c, problem) for m, c in configs.items()}
+            assert found.pop("bn_gap") == 20
+            assert set(found.values()) == {28}
+
+
+def test_a_file_of_ones_own_is_what_is_run_under_the_plan_of_its_name(tmp_path):
+    own = tmp_path / "mini.yaml"
+    own.write_text(find_config("mini", "lightcnn").read_text().replace("train: 4000", "train: 1000"))
+    asked = Namespace(config=str(own), methods=None, seeds=None)
+    (part,) = chosen_slices(asked, "smoke")
+    assert (part.methods, part.seeds) == (PLANS["mini"][0].methods, PLANS["mini"][0].seeds)
+    assert {config.data.train for config in configs_of(part, tmp_path).values()} == {1000}
+    asked = Namespace(config="fashion_mnist", methods=["lenet5", "scratch"], seeds=None)
+    (part,) = chosen_slices(asked, "paper")
+    assert (part.config, part.methods, part.seeds, part.epochs) == ("fashion_mnist", ("lenet5", "scratch"), 3, 57)
 
 
 def test_the_network_of_the_state_of_the_art_claim_is_not_larger_than_the_papers(config_of, problem_of):
@@ -66,6 +107,7 @@ def test_a_variant_differs_in_what_it_says(config_of):
         (["--methods", "nothing"], "--methods nothing: unknown"),
         (["--seeds", "0"], "at least one seed"),
         (["--config", "nothing"], "there is no such configuration"),
+        (["--config", "mnist_notebook"], "mnist_notebook.yaml: method has schedule: notebook, head_transfer: a_only"),
     ],
 )
 def test_what_cannot_be_run_is_refused(tmp_path, capsys, arguments, message):
