@@ -163,14 +163,21 @@ def trained_before(stage1: Step, config: Config, problem: Problem) -> Step:
         from lightcnn.eval import open_run
 
         run = open_run(folder, problem)
+        own = run.config.model_copy(update={"stage1": run.config.stage1.model_copy(update={"branches": None})})
         (theirs, wanted) = ((s.points, s.phase, s.images, s.batch_size, c.precision)
-                            for s, c in ((run.steps[0], run.config), (stage1, config)))  # fmt: skip
+                            for s, c in ((plan(own, run.problem)[0], own), (stage1, config)))  # fmt: skip
         if theirs != wanted:
             raise RunError(f"{folder}: has no branches of this stage 1 (epochs, augmentation, batches, precision)")
         rows = {(lane.seed, lane.fold): row for row, lane in enumerate(run.problem.lanes)}
-        if missing := [lane for lane in lanes if (lane.seed, lane.fold) not in rows]:
-            raise RunError(f"{folder}: has no branches of seed {missing[0].seed}; its seeds are "
-                           f"{', '.join(str(lane.seed) for lane in run.problem.lanes)}")  # fmt: skip
+        if missing := {lane.seed for lane in lanes} - {lane.seed for lane in run.problem.lanes}:
+            seeds = ", ".join(map(str, run.config.all_seeds))
+            raise RunError(f"{folder}: has no branches of seed {min(missing)}; its seeds are {seeds}")
+        for lane in lanes:
+            row = rows.get((lane.seed, lane.fold))
+            if row is None or not run.problem.lanes[row].train.equal(lane.train):
+                raise RunError(
+                    f"{folder}: its branches of seed {lane.seed} saw other images (method.kfold, method.folds)"
+                )
         return stack([unstack(run.points[p], rows[lane.seed, lane.fold]) for lane in lanes for p in BRANCHES])
 
     return replace(stage1, phase=replace(stage1.phase, epochs=0), begin=begin)

@@ -52,6 +52,7 @@ def test_a_variant_from_trained_branches_is_the_variant_trained_whole_to_the_bit
     [("data.train=120", "not trained on this run's images"), ("seeds=4", "has no branches of seed 3"),
      ("stage1.epochs=3", "no branches of this stage 1"), ("method=two_clean", "no branches of this stage 1"),
      ("augment.zoom=0.1", "no branches of this stage 1"), ("precision=bfloat16", "no branches of this stage 1"),
+     ("method={name: two_stage, kfold: honest, folds: 2}", "seed 0 saw other images (method.kfold, method.folds)"),
      ("method=scratch", "has no stage 1")],
 )  # fmt: skip
 def test_branches_that_do_not_fit_are_refused_in_one_line(source, tmp_path, capsys, override, message):
@@ -60,6 +61,22 @@ def test_branches_that_do_not_fit_are_refused_in_one_line(source, tmp_path, caps
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_branches_of_other_folds_are_refused_for_they_saw_the_validation_images(tmp_path, capsys):
+    thirds = trained(tmp_path / "thirds", "method={name: two_stage, kfold: honest, folds: 3}", "seeds=1")
+    command = ["--config", "lightcnn/configs/smoke.yaml", "--out", str(tmp_path), *OVERRIDES, "seeds=1"]
+    for method in ("method={name: two_stage, kfold: honest, folds: 2}", "method=two_stage"):
+        assert main([*command, method, f"stage1.branches={thirds}"]) == 2
+        error = capsys.readouterr().err
+        assert "branches of seed 0 saw other images (method.kfold, method.folds)" in error
+        assert error.count("\n") == 1
+
+
+def test_branches_can_be_taken_from_a_run_that_took_them_itself(source, tmp_path):
+    first = trained(tmp_path / "first", "method=a_only", f"stage1.branches={source}")
+    second = trained(tmp_path / "second", "method=a_only", f"stage1.branches={first}")
+    assert figures(first) == figures(second)
 
 
 def test_a_run_without_branches_is_refused(tmp_path, capsys):
