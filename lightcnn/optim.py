@@ -17,11 +17,11 @@ class DecoupledSgd(torch.optim.SGD):
     """SGD with decoupled decay: w -= lr * decay * w, then Nesterov's step. torch's own decay goes into the gradient."""
 
     def __init__(
-        self, params: Sequence[Tensor], lr: float, momentum: float, decay: float, least_dimensions: int = 0
+        self, params: Sequence[Tensor], lr: float, momentum: float, decay: float, decays: Sequence[bool] | None = None
     ) -> None:
-        """Args: least_dimensions: of a parameter that decays; 3 spares norms and biases, stacked over networks."""
+        """Args: decays: which of the parameters do (default: all, as Keras')."""
         super().__init__(params, lr, momentum, nesterov=momentum > 0, foreach=True)
-        self.decay, self.least_dimensions = decay, least_dimensions
+        self.decay, self.decays = decay, list(decays or [True] * len(params))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -33,10 +33,10 @@ class DecoupledSgd(torch.optim.SGD):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient."""
         if self.decay:
-            for group in self.param_groups:
-                moved = [p for p in group["params"] if p.grad is not None and p.dim() >= self.least_dimensions]
-                if moved:
-                    torch._foreach_mul_(moved, 1 - group["lr"] * self.decay)
+            (group,) = self.param_groups
+            pairs = zip(group["params"], self.decays, strict=True)
+            if moved := [p for p, decays in pairs if decays and p.grad is not None]:
+                torch._foreach_mul_(moved, 1 - group["lr"] * self.decay)
         loss: float | None = super().step(closure)
         return loss
 

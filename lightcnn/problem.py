@@ -118,7 +118,10 @@ def split(whole: ImageSet, config: DataConfig) -> tuple[Tensor, Tensor]:
     """
     wanted = config.validation + (config.train or 1)
     if wanted > len(whole):
-        raise DataError(f"data.validation: {config.validation} images are held out of {len(whole)}; ask for fewer")
+        trained = f"data.train: {config.train} images, and " if config.train else ""
+        raise DataError(
+            f"{trained}data.validation: {config.validation} images are asked of {len(whole)}; ask for fewer"
+        )
     rank = ranks(whole.labels, len(whole.classes))
     indices = torch.arange(len(whole))
     if config.validation_from == "first":

@@ -73,10 +73,17 @@ def lane_of_fold(lane: Lane, step: Step, config: Config) -> Lane:
 
 def new_optimizer(step: Step, weights: Stack) -> Optimizer:
     """The phase's optimiser of the tensors that the phase trains; all others get no gradient."""
-    parameters = trainable(weights, trained_names(step, weights))
+    names = trained_names(step, weights)
+    parameters = trainable(weights, names)
     if step.recipe is not None and step.phase.optimizer == "sgd":
-        return DecoupledSgd(parameters, LEARNING_RATE, momentum=0.9, decay=step.recipe.decay, least_dimensions=3)
+        decays = [decays_in_recipe(name, weights[name]) for name in weights if name in names]
+        return DecoupledSgd(parameters, LEARNING_RATE, momentum=0.9, decay=step.recipe.decay, decays=decays)
     return build_optimizer(step.phase.optimizer, parameters)
+
+
+def decays_in_recipe(name: str, stacked: Tensor) -> bool:
+    """Whether a tensor [L, ...] is what `budget.Recipe.decay` is for: weights of convolutions and dense layers."""
+    return name.endswith("weight") and stacked.dim() > 2  # a norm's weight is [L, C]
 
 
 def narrow(training: Training, going: Sequence[int]) -> None:

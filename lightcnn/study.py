@@ -46,7 +46,7 @@ RUNGS = (
          ("method.optimizer=nadam", "method.batch_size=32")),
     Rung("one_cycle", "SGD whose rate rises and falls, batches of 128",
          ("method.layout=merged", "method.peak_lr=0.01", "method.decay=0.0001")),
-    Rung("norm_and_pooling", "3x3 convolutions with batch norm and global average pooling",
+    Rung("norm_and_pooling", "3x3 convolutions with batch norm, global average pooling; rate and decay for them",
          (f"method.layout={CONVOLUTIONS}",)),
     Rung("separable", "depthwise separable convolutions with residuals: deeper and wider",
          ("method.shift=0", "method.flip=false", "method.rotation=0.0", "method.zoom=0.0")),

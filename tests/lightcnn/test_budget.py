@@ -83,21 +83,27 @@ def test_the_losses_are_hintons_for_each_network_alone():
     torch.testing.assert_close(recipe_losses(logits, targets, soft, recipe), 0.3 * hard + 0.7 * 9 * distilled)
 
 
-def test_decay_spares_norms_and_biases_and_is_decoupled(config_of, problem_of):
-    config = config_of("method={name: budget, layout: c4 P c4, decay: 0.5}")
+@pytest.mark.parametrize(
+    ("layout", "decaying"),
+    [("c4 P c4", {"blocks.0.conv.weight", "blocks.2.conv.weight", "fc.weight"}),
+     ("merged", {f"{layer}.weight" for layer in ("conv1", "conv2", "head", "fc1", "fc2")})],
+)  # fmt: skip
+def test_decay_spares_norms_and_biases_and_is_decoupled(config_of, problem_of, layout, decaying):
+    config = config_of(f"method={{name: budget, layout: {layout}, decay: 0.5}}")
     problem = problem_of(config)
     state = training.begin(plan(config, problem)[0], {}, problem, config)
-    before = {name: tensor.detach().clone() for name, tensor in state.weights.items()}
     for parameter in state.optimizer.param_groups[0]["params"]:
         parameter.grad = torch.zeros_like(parameter)
+        parameter.data += 1  # biases begin at 0, where nothing decays
+    before = {name: tensor.detach().clone() for name, tensor in state.weights.items()}
     state.optimizer.param_groups[0]["lr"] = 0.1
     state.optimizer.step()
     for name, tensor in state.weights.items():
-        factor = 0.95 if name in ("blocks.0.conv.weight", "blocks.2.conv.weight", "fc.weight") else 1
+        factor = 0.95 if name in decaying else 1
         torch.testing.assert_close(tensor.detach(), factor * before[name], msg=name)
 
 
-def test_every_rung_adds_one_thing_and_the_last_is_the_configuration(tmp_path):
+def test_every_rung_adds_what_it_says_and_the_last_is_the_configuration(tmp_path):
     path = find_config("budget_cifar10", "lightcnn")
     whole = load(path, Config)
     fields = [load(path, Config, overrides_of(rung, whole.method)).method.model_dump() for rung in RUNGS]

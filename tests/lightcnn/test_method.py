@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lightcnn.fused import fuse
+from lightcnn.fused import fuse, stack
 from lightcnn.method import (
     GROUPS,
     STAGE1,
@@ -17,6 +17,7 @@ from lightcnn.method import (
     unfreezing_schedule,
 )
 from lightcnn.model import MergedCNN, Submodel
+from lightcnn.networks import Submodels
 from lightcnn.optim import build_optimizer
 from shared.errors import ConfigError
 
@@ -24,9 +25,11 @@ COUNTS = {
     ("paper", 1): [1002, 11022, 14662, 14862],
     ("paper", 3): [1002, 15422, 19062, 19622],
     ("literal", 1): [330, 1002, 11022, 14662, 14862],
+    ("literal", 3): [330, 1002, 15422, 19062, 19622],
     ("notebook", 1): [14532, 14862],
     ("notebook", 3): [19292, 19622],
     ("all_at_once", 1): [14862, 14862],
+    ("all_at_once", 3): [19622, 19622],
 }
 
 
@@ -69,9 +72,19 @@ def test_stage_1_couples_nothing_a_joint_step_is_two_single_steps_to_the_bit(ima
         return [p.detach() for n in nets for p in n.parameters()]
 
     assert all(torch.equal(p, q) for p, q in zip(stepped(True), stepped(False), strict=True))
-    nets = [Submodel(1, 28, seed=1), Submodel(1, 28, seed=2)]
-    dual_loss([nets[0](clean)], y).backward()
-    assert all(p.grad is None for p in nets[1].parameters())
+
+
+def test_the_loss_of_one_branch_moves_nothing_of_the_other_in_the_fused_form(images, labels):
+    network = Submodels(1, 28, 10)
+    weights = stack([network.initial(1), network.initial(2)])
+    for tensor in weights.values():
+        tensor.requires_grad_(True)
+    logits = network.forward(weights, torch.stack([images[:32], images[32:64]]), network.levels)
+    lane_losses(logits, labels[:32].expand(2, -1))[0].backward()
+    for name, tensor in weights.items():
+        assert tensor.grad is not None, name
+        assert tensor.grad[0].abs().sum() > 0, name
+        assert not tensor.grad[1].any(), name
 
 
 @pytest.mark.parametrize(("name", "channels"), COUNTS)
