@@ -4,7 +4,7 @@ The test set is read here and nowhere else, once, after all training.
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from shared.config import load
 from shared.data import ImageSet
 from shared.errors import CheckpointError, RunError
 from shared.gpu import autocast, setup
-from shared.run import read_run, tell_changed
+from shared.run import read_run, state_digest, tell_changed
 
 Figure = dict[str, Any]  # seed, at, split, metric, value: a row of the results
 
@@ -167,12 +167,26 @@ def save_points(folder: Path, steps: Sequence[Step], points: Points, problem: Pr
         "image": [problem.in_channels, problem.image_size, problem.image_size],
         "config": config.model_dump(mode="json"),
     }  # fmt: skip
+    for lane, (name, state) in zip(problem.lanes, final_states(steps, points, problem), strict=True):
+        save_model(folder / name, state, {**description, "seed": lane.seed})
+    save_model(folder / "points", tensors, {**description, "seeds": config.all_seeds})
+    return tensors
+
+
+def final_states(steps: Sequence[Step], points: Points, problem: Problem) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Each lane's folder below `model/`, and the final network there as an ordinary module's tensors."""
     for number, lane in enumerate(problem.lanes):
         state = {name: tensor.cpu() for name, tensor in unstack(points[final_point(steps)], number).items()}
         name = f"s{lane.seed}" + ("" if lane.fold is None else f"-fold{lane.fold + 1}")
-        save_model(folder / name, steps[-1].network.to_module(state).state_dict(), {**description, "seed": lane.seed})
-    save_model(folder / "points", tensors, {**description, "seeds": config.all_seeds})
-    return tensors
+        yield name, steps[-1].network.to_module(state).state_dict()
+
+
+def check_models(folder: Path, steps: Sequence[Step], points: Points, problem: Problem) -> None:
+    """CheckpointError if a seed's own file, which export and predict read, is not the network that is evaluated."""
+    for name, state in final_states(steps, points, problem):
+        found, _ = load_model(folder / "model" / name)
+        if state_digest(found) != state_digest(state):
+            raise CheckpointError(f"{folder / 'model' / name}: is not the network of {folder / 'model' / 'points'}")
 
 
 def load_points(folder: Path, steps: Sequence[Step], problem: Problem) -> Points:
@@ -250,6 +264,7 @@ def run_eval(arguments: Sequence[str]) -> int:
         raise RunError(f"{asked.run}: the data or its split is not what the run was trained on")
     steps = plan(config, problem)
     points = load_points(asked.run, steps, problem)
+    check_models(asked.run, steps, points, problem)
     figures = evaluate(steps, points, problem, test, config)[0] + once(sizes(steps, points, problem), config.all_seeds)
     stated = by_name(row for row in results["figures"] if not row["metric"].startswith("epochs."))
     for row in figures:

@@ -108,8 +108,10 @@ def test_eval_says_which_figure_the_model_does_not_give(finished, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    "damage", ["bit", "missing", "other network", "other data set", "surplus", "other paper", "unfinished"]
-)
+    "damage",
+    ["bit", "missing", "other network", "other data set", "surplus", "other paper", "unfinished", "seed's bit",
+     "seed's network"],
+)  # fmt: skip
 def test_eval_refuses_what_is_not_the_runs_model_in_one_line(finished, tmp_path, capsys, damage):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
@@ -129,6 +131,11 @@ def test_eval_refuses_what_is_not_the_runs_model_in_one_line(finished, tmp_path,
         save_model(folder / "model" / "points", tensors, {**description, "classes": [str(c) for c in range(10)]})
     elif damage == "surplus":
         save_model(folder / "model" / "points", {**tensors, "P9.fc1.weight": torch.zeros(2)}, description)
+    elif damage == "seed's bit":
+        own = folder / "model" / "s1" / "model.safetensors"
+        own.write_bytes(own.read_bytes()[:-4])
+    elif damage == "seed's network":
+        shutil.copytree(folder / "model" / "s0", folder / "model" / "s1", dirs_exist_ok=True)
     elif damage == "other paper":
         (folder / "results.json").write_text(json.dumps({**results, "paper": "another"}))
     else:
@@ -139,6 +146,7 @@ def test_eval_refuses_what_is_not_the_runs_model_in_one_line(finished, tmp_path,
     assert printed.count("\n") == 1
     wanted = {"bit": "damaged", "missing": "cannot be read", "other network": "another network",
               "other data set": "another data set",
+              "seed's bit": "s1", "seed's network": f"s1: is not the network of {folder / 'model' / 'points'}",
               "surplus": "P9.fc1.weight", "other paper": "'another'", "unfinished": "not a finished run"}  # fmt: skip
     assert wanted[damage] in printed
 
