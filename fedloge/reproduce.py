@@ -105,8 +105,7 @@ def report(
     about = (
         f"Accuracy in %, mean ± deviation over seeds; each run's figure is the mean of its last {config.evaluate.last} "
         f"evaluated rounds on the balanced test set (GM) or the mean over clients on their own (PM). "
-        f"{one['device']}, {one['precision']}, commit {one['commit'][:10]}, "
-        f"`{command}`."
+        f"{one['device']}, {one['precision']}, {shared_report.commits_of(rows)}, `{command}`."
     )
     shared_report.write_report(folder, rows, about, table, f"FedLoGe, `{config_path.stem}`", judgements)
     draw([job.folder for job in done], folder / "plots")

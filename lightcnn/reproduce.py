@@ -144,7 +144,7 @@ def report(path: Path, jobs: "Sequence[Job]", statistics: bool, folder: Path, co
         f"Accuracy in %, mean ± deviation over seeds, on {one['data']['test_images']:,} test images that were read "
         f"once; epochs were chosen on {one['data']['validation_images']:,} validation images. Rows of fewer seeds "
         f"have the first ones; `epochs` were run, not kept. {one['device']}, "
-        f"{one['precision']}, commit {one['commit'][:10]}, `{command}`."
+        f"{one['precision']}, {shared_report.commits_of(rows)}, `{command}`."
     )
     shared_report.write_report(folder, rows, about, table, f"LightCNN, `{path.stem}`", judgements)
     draw_all([job.folder for job in done], folder / "plots")

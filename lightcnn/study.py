@@ -130,7 +130,7 @@ def report(path: Path, config: Config, done: Sequence[Job], folder: Path, comman
         "Accuracy in %, mean ± deviation over seeds. The recipe was chosen on the "
         f"{one['data']['validation_images']:,} validation images with seeds of their own; the gain is that of a row "
         f"over the one above it, on validation, paired by seed, with its 95 % interval. {one['device']}, "
-        f"{one['precision']}, commit {one['commit'][:10]}, `{command}`."
+        f"{one['precision']}, {shared_report.commits_of(rows)}, `{command}`."
     )
     shared_report.write_report(folder, rows, about, table, f"LightCNN, `{path.stem}`", judgements)
     draw_ladder(figures, [rung.name for rung in RUNGS] + [TEACHER], folder / "plots")

@@ -151,7 +151,7 @@ def report(study: Study, jobs: "Sequence[Job]", command: str) -> None:
     about = (
         f"In %, mean ± deviation over seeds, of the last epoch on the balanced test set; `best on test` is the epoch "
         f"that the test set would choose, for comparison only. Equal epochs and batches for all arms. {one.device}, "
-        f"{one.precision}, commit {one.commit[:10]}, `{command}`."
+        f"{one.precision}, {shared_report.commits_of(rows)}, `{command}`."
     )
     title = study.config_path.stem + ("" if study.name == "main" else f", {study.name}")
     claims_asked = MAIN_CLAIMS if study.name == "main" else ALL_CLAIMS

@@ -74,6 +74,12 @@ def figures_of(rows: Iterable[Row], at: str) -> Figures:
     return figures
 
 
+def commits_of(rows: Iterable[Row]) -> str:
+    """Every commit that made a row, in their order: `commit 0123456789`, or `commits 0123456789, abcdef0123`."""
+    found = list(dict.fromkeys(row.commit[:10] for row in rows))
+    return f"commit{'s' if len(found) > 1 else ''} {', '.join(found)}"
+
+
 def method_table(
     figures: Figures, methods: Sequence[str], columns: Mapping[str, str], digits: int = 1
 ) -> list[list[str]]:

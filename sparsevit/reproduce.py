@@ -11,6 +11,7 @@ from shared.cli import check_shared, check_study, find_config, publish, run_main
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
+    from shared.report import Row
     from shared.study import Job
     from sparsevit.config import Config
     from sparsevit.latency import Timing
@@ -113,12 +114,12 @@ def report(config_path: Path, plan: Plan, jobs: "Sequence[Job]", folder: Path, c
             folder / "latency.json", {"run": name, "device": one["device"], "timings": [asdict(t) for t in timed]}
         )
     shared_report.write_report(
-        folder, rows, about(one, command), tables["methods"], f"SparseViT, `{config_path.stem}`", judgements
+        folder, rows, about(one, rows, command), tables["methods"], f"SparseViT, `{config_path.stem}`", judgements
     )
     texts = {"verdict": study.verdict(figures, plan.statistics) + "\n",
              "cautions": study.cautions(figures, judgements) + "\n"}  # fmt: skip
     texts |= {name: shared_report.markdown(table) for name, table in tables.items()}
-    texts["methods"] = f"{about(one, command)}\n\n{texts['methods']}"
+    texts["methods"] = f"{about(one, rows, command)}\n\n{texts['methods']}"
     parts = [f"# SparseViT, {config_path.stem}\n\n{texts['verdict']}\n{texts['cautions']}"]
     parts += [f"## {TITLES[name][0].upper()}{TITLES[name][1:]}\n\n{texts[name]}" for name in TITLES if name in tables]
     own = {name: text for name, text in texts.items() if name not in ("methods", "claims")}
@@ -131,12 +132,14 @@ def report(config_path: Path, plan: Plan, jobs: "Sequence[Job]", folder: Path, c
     print(f"{len(done)} of {len(jobs)} runs; report in {folder}")
 
 
-def about(result: Mapping[str, Any], command: str) -> str:
+def about(result: Mapping[str, Any], rows: "Sequence[Row]", command: str) -> str:
     """What the table of accuracies is of."""
+    from shared.report import commits_of
+
     return (
         f"Accuracy in %, mean ± deviation over seeds, on {result['data']['test_images']:,} test images; columns in % "
-        f"are `global_l1`, one shot, nothing trained after it. {result['device']}, {result['precision']}, commit "
-        f"{result['commit'][:10]}, `{command}`."
+        f"are `global_l1`, one shot, nothing trained after it. {result['device']}, {result['precision']}, "
+        f"{commits_of(rows)}, `{command}`."
     )
 
 

@@ -10,6 +10,7 @@ from shared.errors import DataError
 from shared.report import (
     Row,
     claim_table,
+    commits_of,
     figures_of,
     markdown,
     method_table,
@@ -43,6 +44,12 @@ def test_rows_come_back_equal_from_the_file(tmp_path):
     assert read_rows(tmp_path / "deep" / "r.csv") == rows
     write_rows(tmp_path / "r.csv", [])
     assert read_rows(tmp_path / "r.csv") == []
+
+
+def test_every_commit_of_the_rows_is_named_once_in_their_order():
+    rows = [replace(ROW, commit=letter * 40) for letter in "babc"]
+    assert commits_of(rows[:1]) == "commit bbbbbbbbbb"
+    assert commits_of(rows) == "commits bbbbbbbbbb, aaaaaaaaaa, cccccccccc"
 
 
 @settings(max_examples=60, deadline=None)
