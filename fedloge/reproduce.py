@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from shared.cli import check_shared, check_study, find_config, publish, run_main, shown, study_parser
 
 if TYPE_CHECKING:
-    from shared.report import Row
+    from shared.report import Report, Row
     from shared.study import Job
 
 
@@ -73,45 +73,60 @@ def study_rows(config_name: str, results: dict[str, Any], command: str) -> "list
     ]  # fmt: skip
 
 
+def report_of(
+    config_path: Path, methods: Sequence[str], rows: "Sequence[Row]", classes: int, statistics: bool, command: str
+) -> "Report":
+    """Table and verdicts, from the rows of one configuration."""
+    from fedloge.claims import all_claims
+    from fedloge.config import Config, FedLoGeConfig
+    from fedloge.model import build_backbone
+    from shared import report as shared_report
+    from shared.claims import judge
+    from shared.config import load
+
+    config = load(config_path, Config)
+    figures = shared_report.figures_of(rows, config.headline)
+    sparsity = config.method.sparsity if isinstance(config.method, FedLoGeConfig) else 0.0
+    width = build_backbone(config.model.name, len(config.data.mean), config.data.image_size or 32, seed=0).feature_dim
+    judgements = [
+        judge(claim, figures, statistics) for claim in all_claims(classes, width, sparsity, "fedbn" in methods)
+    ]
+    judgements.sort(key=lambda item: item.verdict == "not run at this scale")
+    about = (
+        f"Accuracy in %, mean ± deviation over seeds; each run's figure is the mean of its last {config.evaluate.last} "
+        f"evaluated rounds on the balanced test set (GM) or the mean over clients on their own (PM). "
+        f"{rows[0].device}, {rows[0].precision}, {shared_report.commits_of(rows)}, `{command}`."
+    )
+    table = shared_report.method_table(figures, methods, COLUMNS)
+    return shared_report.Report(f"FedLoGe, `{config_path.stem}`", about, table, judgements)
+
+
 def report(
     config_path: Path, methods: Sequence[str], jobs: "Sequence[Job]", statistics: bool, folder: Path, command: str
 ) -> None:
     """Write rows, tables, verdicts and plots of the finished runs of one configuration, and print the tables."""
-    from fedloge.claims import all_claims
-    from fedloge.config import Config, FedLoGeConfig
-    from fedloge.model import build_backbone
     from fedloge.plots import draw
     from shared import report as shared_report
-    from shared.claims import judge
-    from shared.config import load
     from shared.run import read_results
     from shared.study import finished
 
     done = finished(jobs)
-    results = {job.name: read_results(job.folder) for job in done}
-    rows = [row for result in results.values() for row in shared_report.rows_of(result)]
-    rows += study_rows(config_path.stem, next(iter(results.values())), command)
-    config = load(config_path, Config)
-    figures = shared_report.figures_of(rows, config.headline)
-    one = next(iter(results.values()))
-    sparsity = config.method.sparsity if isinstance(config.method, FedLoGeConfig) else 0.0
-    width = build_backbone(config.model.name, len(config.data.mean), config.data.image_size or 32, seed=0).feature_dim
-    judgements = [
-        judge(claim, figures, statistics)
-        for claim in all_claims(len(one["data"]["class_counts"]), width, sparsity, "fedbn" in methods)
-    ]
-    judgements.sort(key=lambda item: item.verdict == "not run at this scale")
-    table = shared_report.method_table(figures, methods, COLUMNS)
-    about = (
-        f"Accuracy in %, mean ± deviation over seeds; each run's figure is the mean of its last {config.evaluate.last} "
-        f"evaluated rounds on the balanced test set (GM) or the mean over clients on their own (PM). "
-        f"{one['device']}, {one['precision']}, {shared_report.commits_of(rows)}, `{command}`."
-    )
-    shared_report.write_report(folder, rows, about, table, f"FedLoGe, `{config_path.stem}`", judgements)
+    results = [read_results(job.folder) for job in done]
+    rows = [row for result in results for row in shared_report.rows_of(result)]
+    rows += study_rows(config_path.stem, results[0], command)
+    classes = len(results[0]["data"]["class_counts"])
+    found = report_of(config_path, methods, rows, classes, statistics, command)
+    shared_report.write_report(folder, rows, found.texts())
     draw([job.folder for job in done], folder / "plots")
-    shared_report.show(f"{config_path.stem}: accuracy in % (mean ± deviation over seeds)", table)
-    shared_report.show(f"{config_path.stem}: the paper's claims", shared_report.claim_table(judgements))
+    shared_report.show(f"{config_path.stem}: accuracy in % (mean ± deviation over seeds)", found.table)
+    shared_report.show(f"{config_path.stem}: the paper's claims", shared_report.claim_table(found.judgements))
     print(f"{len(done)} of {len(jobs)} runs; report in {folder}")
+
+
+def plan_of(config_name: str) -> Plan:
+    """The plan of the scale that a configuration belongs to, or one of its own."""
+    own = Plan((config_name,), 3, statistics=True)
+    return next((plan for plan in PLANS.values() if config_name in plan.configs), own)
 
 
 def run_reproduce(arguments: Sequence[str]) -> int:
@@ -124,10 +139,7 @@ def run_reproduce(arguments: Sequence[str]) -> int:
 
     scale, why = choose_scale(asked.scale)
     print(why, flush=True)
-    plan = PLANS[scale]
-    if asked.config:  # a configuration keeps the plan of the scale that it belongs to
-        stem = find_config(asked.config, "fedloge").stem
-        plan = next((p for p in PLANS.values() if stem in p.configs), Plan((stem,), 3, statistics=True))
+    plan = plan_of(find_config(asked.config, "fedloge").stem) if asked.config else PLANS[scale]
     partial = check_study(asked, METHODS)
     methods = asked.methods or [name for name in METHODS if name not in plan.left_out]
     failed = 0

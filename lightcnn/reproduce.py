@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from shared.errors import ConfigError
 if TYPE_CHECKING:
     from lightcnn.config import Config
     from shared.claims import Figures
-    from shared.report import Row
+    from shared.report import Report, Row
     from shared.study import Job
 
 
@@ -120,14 +120,33 @@ def methods_table(figures: "Figures", methods: Sequence[str]) -> list[list[str]]
     return table
 
 
-def report(path: Path, jobs: "Sequence[Job]", statistics: bool, folder: Path, command: str) -> None:
-    """Write rows, tables, verdicts and plots of the finished runs of one configuration, and print the tables."""
+def report_of(
+    path: Path, methods: Sequence[str], rows: "Sequence[Row]", data: Mapping[str, Any], statistics: bool, command: str
+) -> "Report":
+    """Table and verdicts, from the rows of one configuration; `data` is of a run's `results.json`."""
     from lightcnn.claims import all_claims
     from lightcnn.config import Config
-    from lightcnn.plots import draw_all
     from shared import report as shared_report
     from shared.claims import judge
     from shared.config import load
+
+    figures = shared_report.figures_of(rows, "final")
+    claimed = all_claims(load(path, Config).data.name, data["image"][0])
+    judgements = [judge(claim, figures, statistics) for claim in claimed]
+    judgements.sort(key=lambda item: item.verdict == "not run at this scale")
+    about = (
+        f"Accuracy in %, mean ± deviation over seeds, on {data['test_images']:,} test images that were read "
+        f"once; epochs were chosen on {data['validation_images']:,} validation images. Rows of fewer seeds "
+        f"have the first ones; `epochs` were run, not kept. {rows[0].device}, "
+        f"{rows[0].precision}, {shared_report.commits_of(rows)}, `{command}`."
+    )
+    return shared_report.Report(f"LightCNN, `{path.stem}`", about, methods_table(figures, methods), judgements)
+
+
+def report(path: Path, jobs: "Sequence[Job]", statistics: bool, folder: Path, command: str) -> None:
+    """Write rows, tables, verdicts and plots of the finished runs of one configuration, and print the tables."""
+    from lightcnn.plots import draw_all
+    from shared import report as shared_report
     from shared.run import read_results
     from shared.study import finished
 
@@ -135,21 +154,11 @@ def report(path: Path, jobs: "Sequence[Job]", statistics: bool, folder: Path, co
     results = [read_results(job.folder) for job in done]
     rows = [row for result in results for row in shared_report.rows_of(result)]
     rows += study_rows(path.stem, results[0], command)
-    figures, one = shared_report.figures_of(rows, "final"), results[0]
-    claimed = all_claims(load(path, Config).data.name, one["data"]["image"][0])
-    judgements = [judge(claim, figures, statistics) for claim in claimed]
-    judgements.sort(key=lambda item: item.verdict == "not run at this scale")
-    table = methods_table(figures, [job.group for job in done])
-    about = (
-        f"Accuracy in %, mean ± deviation over seeds, on {one['data']['test_images']:,} test images that were read "
-        f"once; epochs were chosen on {one['data']['validation_images']:,} validation images. Rows of fewer seeds "
-        f"have the first ones; `epochs` were run, not kept. {one['device']}, "
-        f"{one['precision']}, {shared_report.commits_of(rows)}, `{command}`."
-    )
-    shared_report.write_report(folder, rows, about, table, f"LightCNN, `{path.stem}`", judgements)
+    found = report_of(path, [job.group for job in done], rows, results[0]["data"], statistics, command)
+    shared_report.write_report(folder, rows, found.texts())
     draw_all([job.folder for job in done], folder / "plots")
-    shared_report.show(f"{path.stem}: accuracy in % (mean ± deviation over seeds)", table)
-    shared_report.show(f"{path.stem}: the paper's claims", shared_report.claim_table(judgements))
+    shared_report.show(f"{path.stem}: accuracy in % (mean ± deviation over seeds)", found.table)
+    shared_report.show(f"{path.stem}: the paper's claims", shared_report.claim_table(found.judgements))
     print(f"{len(done)} of {len(jobs)} runs; report in {folder}")
 
 

@@ -1,9 +1,9 @@
 """The budget study: what each ingredient brings within the paper's number of parameters, one added after the other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightcnn.claims import budget_claims
 from lightcnn.config import BudgetConfig, Config
@@ -110,11 +110,25 @@ def run_budget(path: Path, out: Path, workers: int, seeds: int | None, command: 
     if not done:
         raise ConfigError("no run of the study has finished; the lines above say why")
     folder = out / "lightcnn" / f"report-{path.stem}{'-partial' if seeds else ''}"
-    report(path, config, done, folder, command)
+    report(path, done, folder, command)
     return folder, sum(outcome.code != 0 for outcome in outcomes.values())
 
 
-def report(path: Path, config: Config, done: Sequence[Job], folder: Path, command: str) -> None:
+def report_of(path: Path, rows: "Sequence[Row]", data: Mapping[str, Any], command: str) -> shared_report.Report:
+    """The table of ingredients and the verdicts on the aims, from the rows; `data` is of a run's `results.json`."""
+    figures = shared_report.figures_of(rows, "final")
+    judgements = [judge(claim, figures, path.stem != "budget_smoke")
+                  for claim in budget_claims(load(path, Config).data.name, data["image"][0])]  # fmt: skip
+    about = (
+        "Accuracy in %, mean ± deviation over seeds. The recipe was chosen on the "
+        f"{data['validation_images']:,} validation images with seeds of their own; the gain is that of a row "
+        f"over the one above it, on validation, paired by seed, with its 95 % interval. {rows[-1].device}, "
+        f"{rows[-1].precision}, {shared_report.commits_of(rows)}, `{command}`."
+    )
+    return shared_report.Report(f"LightCNN, `{path.stem}`", about, ingredients(figures), judgements)
+
+
+def report(path: Path, done: Sequence[Job], folder: Path, command: str) -> None:
     """Write rows, the table of ingredients and the verdicts on the aims, and print both."""
     results = [read_results(job.folder) for job in done]
     rows: list[Row] = [
@@ -122,20 +136,11 @@ def report(path: Path, config: Config, done: Sequence[Job], folder: Path, comman
         for job, one in zip(done, results, strict=True)
         for row in shared_report.rows_of(one)
     ]
-    figures, one = shared_report.figures_of(rows, "final"), results[-1]
-    table = ingredients(figures)
-    judgements = [judge(claim, figures, path.stem != "budget_smoke")
-                  for claim in budget_claims(config.data.name, one["data"]["image"][0])]  # fmt: skip
-    about = (
-        "Accuracy in %, mean ± deviation over seeds. The recipe was chosen on the "
-        f"{one['data']['validation_images']:,} validation images with seeds of their own; the gain is that of a row "
-        f"over the one above it, on validation, paired by seed, with its 95 % interval. {one['device']}, "
-        f"{one['precision']}, {shared_report.commits_of(rows)}, `{command}`."
-    )
-    shared_report.write_report(folder, rows, about, table, f"LightCNN, `{path.stem}`", judgements)
-    draw_ladder(figures, [rung.name for rung in RUNGS] + [TEACHER], folder / "plots")
-    shared_report.show(f"{path.stem}: what each ingredient brings", table)
-    shared_report.show(f"{path.stem}: the aims", shared_report.claim_table(judgements))
+    found = report_of(path, rows, results[-1]["data"], command)
+    shared_report.write_report(folder, rows, found.texts())
+    draw_ladder(shared_report.figures_of(rows, "final"), [rung.name for rung in RUNGS] + [TEACHER], folder / "plots")
+    shared_report.show(f"{path.stem}: what each ingredient brings", found.table)
+    shared_report.show(f"{path.stem}: the aims", shared_report.claim_table(found.judgements))
     print(f"{len(done)} runs; report in {folder}")
 
 

@@ -12,7 +12,7 @@ from shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from mdcs.study import Arms
-    from shared.report import Row
+    from shared.report import Report, Row
     from shared.study import Job
 
 
@@ -52,6 +52,11 @@ class Study:
     def whole(self) -> bool:
         """Whether it asks all that the main study asks."""
         return self.name == "main" and not self.partial and not self.chosen
+
+    @property
+    def title(self) -> str:
+        """Its name in the tables of all papers."""
+        return self.config_path.stem + ("" if self.name == "main" else f", {self.name}")
 
     @property
     def report_folder(self) -> Path:
@@ -136,15 +141,13 @@ def constants() -> dict[str, float]:
     }  # fmt: skip
 
 
-def report(study: Study, jobs: "Sequence[Job]", command: str) -> None:
-    """Write rows, tables, verdicts and plots of the finished runs of one configuration, and print the tables."""
+def report_of(study: Study, rows: "Sequence[Row]", command: str) -> "Report":
+    """Table and verdicts, from the rows of one study."""
     from mdcs.claims import ALL_CLAIMS, MAIN_CLAIMS
-    from mdcs.plots import draw
     from mdcs.study import columns_of, with_best
     from shared import report as shared_report
     from shared.claims import Fact, judge
 
-    rows, folder = collect(study, jobs, command), study.report_folder
     figures = with_best(shared_report.figures_of(rows, "last_epoch"), shared_report.figures_of(rows, "best_on_test"))
     table = shared_report.method_table(figures, list(study.arms), columns_of(study.arms, figures))
     one = rows[0]
@@ -153,19 +156,34 @@ def report(study: Study, jobs: "Sequence[Job]", command: str) -> None:
         f"that the test set would choose, for comparison only. Equal epochs and batches for all arms. {one.device}, "
         f"{one.precision}, {shared_report.commits_of(rows)}, `{command}`."
     )
-    title = study.config_path.stem + ("" if study.name == "main" else f", {study.name}")
     claims_asked = MAIN_CLAIMS if study.name == "main" else ALL_CLAIMS
     judgements = [judge(claim, figures, study.statistics) for claim in claims_asked]
     if not study.whole:  # what it does not ask is not "not run"
         judgements = [j for j in judgements if j.verdict != "not run at this scale" and not isinstance(j.claim, Fact)]
     judgements.sort(key=lambda item: item.verdict == "not run at this scale")
-    shared_report.write_report(folder, rows, about, table, f"MDCS, `{title}`", judgements)
-    shared_report.show(f"{title}: in % (mean ± deviation over seeds)", table)
-    if judgements:
-        shared_report.show(f"{title}: the paper's claims", shared_report.claim_table(judgements))
+    return shared_report.Report(f"MDCS, `{study.title}`", about, table, judgements)
+
+
+def report(study: Study, jobs: "Sequence[Job]", command: str) -> None:
+    """Write rows, tables, verdicts and plots of the finished runs of one configuration, and print the tables."""
+    from mdcs.plots import draw
+    from shared import report as shared_report
+
+    rows, folder = collect(study, jobs, command), study.report_folder
+    found = report_of(study, rows, command)
+    shared_report.write_report(folder, rows, found.texts())
+    shared_report.show(f"{study.title}: in % (mean ± deviation over seeds)", found.table)
+    if found.judgements:
+        shared_report.show(f"{study.title}: the paper's claims", shared_report.claim_table(found.judgements))
     done = {job: job.folder for job in jobs if (job.folder / "results.json").exists()}
     draw([(job.group, path) for job, path in done.items()], folder / "plots")
     print(f"{len(done)} of {len(jobs)} runs; report in {folder}")
+
+
+def plan_of(config_name: str) -> Plan:
+    """The plan of the scale that a configuration belongs to, or one of its own."""
+    plans = (*PLANS.values(), CIFAR_ON_CPU)
+    return next((plan for plan in plans if config_name in plan.configs), Plan((config_name,), 3, statistics=True))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -190,11 +208,7 @@ def planned(asked: argparse.Namespace) -> list[Study]:
 
     scale, why = choose_scale(asked.scale)
     print(why, flush=True)
-    plan = PLANS[scale]
-    if asked.config:  # a configuration keeps the plan of the scale that it belongs to
-        stem = find_config(asked.config, "mdcs").stem
-        plans = (*PLANS.values(), CIFAR_ON_CPU)
-        plan = next((p for p in plans if stem in p.configs), Plan((stem,), 3, statistics=True))
+    plan = plan_of(find_config(asked.config, "mdcs").stem) if asked.config else PLANS[scale]
     if asked.study not in STUDIES:
         raise ConfigError(f"--study {asked.study}: unknown; choose from {', '.join(STUDIES)}")
     arms = SMOKE if asked.study == "main" and not plan.statistics else STUDIES[asked.study]

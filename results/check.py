@@ -1,4 +1,4 @@
-"""Check what is published: `python results/check.py` reads every CSV below `results/` and the tables made from it.
+"""Check what is published: `python results/check.py` reads every CSV below `results/` and makes its texts again.
 
 One line a problem, exit code 1 if there is any. `results/README.md` documents what a CSV holds.
 """

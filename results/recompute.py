@@ -1,22 +1,34 @@
-"""The published tables, computed again from the CSV beside them: what a table says must be what the rows give."""
+"""The published texts, made again from the CSV beside them: what a study's files say must be what its rows give."""
 
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from csv_schema import REPOSITORY, read_lines
+from run_commands import command_problem
 
-from shared.claims import Claim, Figures, Judgement, judge
 from shared.cli import find_config
 from shared.config import load
-from shared.report import Row, figures_of, markdown, method_table, summary_table
+from shared.errors import DataError
+from shared.report import Row
 
+if TYPE_CHECKING:
+    from sparsevit.latency import Timing
+
+WHOLE = "study"  # the method of the rows that are of the study as a whole
 Table = list[list[str]]
 CLASSES = {"sample": 10, "mnist": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
+TEST_IMAGES = {"sample": 5000, "imagenet100": 5000} | dict.fromkeys(
+    ("mnist", "fashion_mnist", "cifar10", "cifar100"), 10_000
+)
+SIDES = {"sample": 28, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32, "imagenet100": 224}
+CHANNELS = dict.fromkeys(("sample", "mnist", "fashion_mnist"), 1)  # of the others 3
 NUMBER_OF_CLASSES = {"imagenet_lt": 1000, "inaturalist": 8142}  # of FedLoGe's data sets that are lists
 
 
@@ -42,139 +54,153 @@ def table_of(path: Path) -> Table:
 
 
 class Study:
-    """The rows of one published study, with the figures that its tables are made of."""
+    """One published study: its rows, and from them alone what each of its files must say."""
 
     def __init__(self, folder: Path, rows: Sequence[Row]) -> None:
         self.folder, self.rows = folder, rows
         self.paper, self.config = rows[0].paper, rows[0].config
-        self.methods = [row[0] for row in table_of(folder / "methods.md")[1:]]
-        self.figures = self._figures()
+        self.methods = list(dict.fromkeys(row.method for row in rows if row.method != WHOLE))  # as they were run
+        self.path = find_config(self.config, self.paper)
+        self.settings: Any = load(self.path, importlib.import_module(f"{self.paper}.config").Config)
 
-    def _figures(self) -> Figures:
-        if self.paper == "mdcs":
-            from mdcs.study import with_best
+    @property
+    def single(self) -> bool:
+        """Whether it is no study but one run, which has no tables."""
+        return len({row.method for row in self.rows}) == 1
 
-            return with_best(figures_of(self.rows, "last_epoch"), figures_of(self.rows, "best_on_test"))
-        headline = next((row.at for row in self.rows if row.at.startswith("last")), "final")
-        return figures_of(self.rows, headline if self.paper == "fedloge" else "final")
+    def texts(self) -> dict[str, str]:
+        """File -> text, as the paper's package writes its report.
 
-    def settings(self) -> Any:
-        """The configuration of the study, of whichever paper."""
-        config_class = importlib.import_module(f"{self.paper}.config").Config
-        return load(find_config(self.config, self.paper), config_class)
-
-    def claims(self) -> Sequence[Claim]:
-        """What the paper's package asks of such a study."""
-        config = self.settings()
+        Raises:
+            DataError: the rows are those of no study of the package.
+        """
         if self.paper == "fedloge":
-            from fedloge.claims import all_claims
-            from fedloge.model import build_backbone
+            from fedloge.reproduce import plan_of, report_of
 
-            width = build_backbone(config.model.name, len(config.data.mean), config.data.image_size or 32, seed=0)
-            classes = CLASSES.get(config.data.name) or NUMBER_OF_CLASSES[self.config]
-            sparsity = getattr(config.method, "sparsity", 0.0)
-            return all_claims(classes, width.feature_dim, sparsity, "fedbn" in self.methods)
+            classes = CLASSES.get(self.settings.data.name) or NUMBER_OF_CLASSES[self.config]
+            statistics = plan_of(self.config).statistics
+            return report_of(self.path, self.methods, self.rows, classes, statistics, self._command()).texts()
         if self.paper == "mdcs":
-            from mdcs.claims import ALL_CLAIMS
-
-            return ALL_CLAIMS
+            return self._texts_of_mdcs()
         if self.paper == "lightcnn":
-            from lightcnn import claims
+            return self._texts_of_lightcnn()
+        from sparsevit.reproduce import plan_of as plan_of_sparsevit
+        from sparsevit.study import report_of as report_of_sparsevit
 
-            channels = 3 if config.data.name == "cifar10" else 1
-            asked = claims.budget_claims if self.config.startswith("budget") else claims.all_claims
-            return asked(config.data.name, channels)
-        from sparsevit.claims import all_claims as all_of_sparsevit
+        plan, timings = plan_of_sparsevit(self.config), read_timings(self.folder / "latency.json")
+        said = self._data(), timings, plan.statistics, self._command()
+        return report_of_sparsevit(self.path, self.methods, self.rows, *said).texts()
 
-        return all_of_sparsevit(self.config, sparsevit_tokens(config))
+    def _texts_of_mdcs(self) -> dict[str, str]:
+        from mdcs import reproduce
+        from mdcs.study import STUDIES
 
-    def judgements(self) -> dict[tuple[str, str], Judgement]:
-        """(claim, paper's number) -> what the rows say of it now."""
-        return {(c.text, c.paper): judge(c, self.figures) for c in self.claims()}
+        name = self.folder.name.removeprefix(self.config).removeprefix("_") or "main"
+        if name not in STUDIES:
+            raise DataError(f"is in the folder of a study {name!r}; mdcs has {', '.join(STUDIES)}")
+        plan = reproduce.plan_of(self.config)
+        arms = {method: STUDIES[name].get(method, ()) for method in self.methods}
+        asked = plan.seeds, plan.statistics, Path("runs"), False, bool(plan.arms)
+        study = reproduce.Study(self.path, name, arms, *asked)
+        return reproduce.report_of(study, self.rows, self._command()).texts()
 
-    def tables(self) -> dict[str, Table]:
-        """Of each file of the study that holds figures of methods: the table that the rows give."""
-        if self.paper == "fedloge":
-            from fedloge.reproduce import COLUMNS
+    def _texts_of_lightcnn(self) -> dict[str, str]:
+        from lightcnn import reproduce, study
 
-            return {"methods.md": method_table(self.figures, self.methods, COLUMNS)}
-        if self.paper == "mdcs":
-            from mdcs.study import columns_of
+        if self.config.startswith("budget"):
+            return study.report_of(self.path, self.rows, self._data(), self._command()).texts()
+        statistics = self.config not in reproduce.WITHOUT_STATISTICS
+        found = reproduce.report_of(self.path, self.methods, self.rows, self._data(), statistics, self._command())
+        return found.texts()
 
-            return {"methods.md": method_table(self.figures, self.methods, columns_of(self.methods, self.figures))}
-        if self.paper == "lightcnn":
-            from lightcnn.reproduce import methods_table
-            from lightcnn.study import ingredients
+    def _data(self) -> dict[str, Any]:
+        """Of a run's `results.json` what the tables are told with: numbers of images, their size."""
+        data = self.settings.data
+        side = getattr(data, "image_size", None) or SIDES[data.name]
+        found = {"test_images": TEST_IMAGES[data.name], "image": side, "channels": CHANNELS.get(data.name, 3)}
+        if self.paper == "sparsevit":
+            return found | {"test_images": data.test_images or found["test_images"]}
+        classes = CLASSES[data.name]
+        of_test = found["test_images"] if data.test is None else -(-data.test // classes) * classes
+        held_out = data.validation if data.validation_from == "first" else data.validation // classes * classes
+        image = [found["channels"], side, side]
+        return {"test_images": of_test, "validation_images": held_out, "image": image}
 
-            budget = self.config.startswith("budget")
-            return {"methods.md": ingredients(self.figures) if budget else methods_table(self.figures, self.methods)}
-        from sparsevit import study
+    def _command(self) -> str:
+        """The command of the study: of the rows that are of the study as a whole, else what `methods.md` says.
 
-        return {
-            "methods.md": method_table(self.figures, self.methods, study.COLUMNS),
-            "pruners.md": study.pruner_table(self.figures, self.settings()),
-            "paired.md": study.paired_table(self.figures, self.methods),
-        }
+        Raises:
+            DataError: neither has it.
+        """
+        if own := next((row.command for row in self.rows if row.method == WHOLE), None):
+            return own
+        said = re.search(r"`(python -m \w+\.reproduce [^`\n]*)`", text_of(self.folder / "methods.md") or "")
+        line = {"command": said[1] if said else "", "paper": self.paper, "config": self.config, "seed": "0"}
+        if not said or "--study" not in said[1] or command_problem(line):
+            raise DataError("methods.md: names no command of this study")
+        return said[1]
 
 
-def sparsevit_tokens(config: Any) -> int:
-    """N of the network that a configuration of SparseViT asks for."""
-    from sparsevit.model import arch_size
-    from sparsevit.problem import FILE_IMAGE_SIZE
+def text_of(path: Path) -> str | None:
+    """The text of a published file, None where there is none."""
+    return path.read_text(encoding="utf-8") if path.exists() else None
 
-    native = {"cifar10": 32, "cifar100": 32, "imagenet100": FILE_IMAGE_SIZE}
-    image = config.data.image_size or native.get(config.data.name, 28)
-    return arch_size(config.model.arch, image, 3, 10).tokens
+
+def read_timings(path: Path) -> "list[Timing]":
+    """The latencies beside a study; none where there are none.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    from sparsevit.latency import Timing
+
+    try:
+        return [Timing(**one) for one in json.loads(path.read_bytes())["timings"]] if path.exists() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path.name}: is damaged: {error}") from None
 
 
 def table_problems(folder: Path, rows: Sequence[Row]) -> list[str]:
-    """What a study's tables say that its rows do not, as `file: problem`; a folder without tables has none."""
+    """What a study's files say that its rows do not, as `file: problem`; one run alone needs no files."""
     study = Study(folder, rows)
-    problems = []
-    for name, wanted in study.tables().items():
-        path = folder / name
-        if path.exists() and (found := table_of(path)) != [[cell.strip() for cell in row] for row in wanted]:
-            problems.append(f"{name}: {first_difference(found, wanted)}")
-    claims = table_of(folder / "claims.md")
-    if claims:
-        problems += claim_problems(study, claims)
-    return problems
+    wanted = {} if study.single else study.texts()
+    differences = {name: difference(text_of(folder / name), text) for name, text in wanted.items()}
+    problems = [f"{name}: {what}" for name, what in differences.items() if what]
+    strangers = sorted({path.name for path in folder.glob("*.md")} - set(wanted))
+    return [*problems, *(f"{name}: is no file of this report" for name in strangers)]
 
 
-def claim_problems(study: Study, claims: Table) -> list[str]:
-    """As `table_problems`, of `claims.md` and `summary.md`."""
-    head, *lines = claims
-    again, problems, judged = study.judgements(), list[str](), list[Judgement]()
-    for line in lines:
-        cells = dict(zip(head, line, strict=True))
-        judgement = again.get((cells["claim"], cells["paper"]))
-        if judgement is None:
-            problems.append(f"claims.md: {cells['claim']!r} is no claim of {study.paper}/claims.py")
-            continue
-        judged.append(judgement)
-        found = [cells[name] for name in head[-3:]]
-        if found != (wanted := [judgement.ours, str(judgement.n or "-"), judgement.verdict]):
-            problems.append(
-                f"claims.md: {cells['claim']!r} says {' | '.join(found)}; the rows give {' | '.join(wanted)}"
-            )
-    path = study.folder / "summary.md"
-    summary = table_of(path)
-    label = summary[1][0] if len(summary) > 1 else ""
-    wanted_text = markdown(summary_table(label, judged))
-    headlines = any(j.claim.headline for j in judged)
-    if not problems and headlines and (not path.exists() or path.read_text(encoding="utf-8") != wanted_text):
-        problems.append(f"summary.md: is not {', '.join(head[-3:])} of the headline claims of claims.md")
-    return problems
+def difference(found: str | None, wanted: str) -> str | None:
+    """Where a published text parts from what the rows give, in a line; None where it does not."""
+    if found == wanted:
+        return None
+    if found is None:
+        return "is missing"
+    for old, new in zip(read_tables(found), read_tables(wanted), strict=False):
+        if old != new:
+            return first_difference(old, new)
+    pairs = zip_longest(found.splitlines(), wanted.splitlines(), fillvalue="")
+    old_line, new_line = next(((a, b) for a, b in pairs if a != b), ("other ends of lines", "its own"))
+    same = next((i for i, (a, b) in enumerate(zip(old_line, new_line, strict=False)) if a != b), len(new_line))
+    start = max(0, same - 30)
+    return f"says {old_line[start:][:80]!r}; the rows give {new_line[start:][:80]!r}"
 
 
 def first_difference(found: Table, wanted: Table) -> str:
-    """Where two tables part, in a line."""
-    for old, new in zip(found, wanted, strict=False):
+    """Where two tables part, in a line; a line is known by its first cell, or two where that is the paper's name."""
+    names = [[" ".join(row[:2] if wanted[0][0] == "paper" else row[:1]) for row in table] for table in (found, wanted)]
+    missing = next((name for name in names[1] if name not in names[0]), None)
+    stranger = next((name for name in names[0] if name not in names[1]), None)
+    if missing:
+        return f"lacks {missing!r}" + (f" but has {stranger!r}" if stranger else "")
+    if stranger:
+        return f"has {stranger!r}, which the rows do not give"
+    for name, old, new in zip(names[0], found, wanted, strict=False):
         for column, (a, b) in enumerate(zip(old, new, strict=False)):
             if a != b:
-                return f"{old[0]}, {found[0][column]}: says {a}; the rows give {b}"
+                return f"{name}, {found[0][column]}: says {a}; the rows give {b}"
         if len(old) != len(new):
-            return f"{old[0]}: has {len(old)} cells; the rows give {len(new)}"
+            return f"{name}: has {len(old)} cells; the rows give {len(new)}"
     return f"has {len(found)} lines; the rows give {len(wanted)}"
 
 

@@ -109,23 +109,35 @@ def summary_table(paper: str, judgements: Sequence[Judgement]) -> list[list[str]
     return rows
 
 
-def write_report(folder: Path, rows: Iterable[Row], about: str, table: Sequence[Sequence[str]],
-                 name: str, judgements: Sequence[Judgement]) -> None:  # fmt: skip
-    """What every study leaves: `results.csv`, `methods.md`, and with claims `claims.md` and `summary.md`.
+@dataclass(frozen=True)
+class Report:
+    """What a study says of its rows, by the rows alone, so that what is published can be made again from them.
 
-    Args:
-        about: the sentences above the table of methods.
-        name: paper and configuration, as the table of all papers has them.
+    name: paper and configuration, as the table of all papers has them.
+    about: the sentences above the table of methods.
     """
+
+    name: str
+    about: str
+    table: list[list[str]]
+    judgements: list[Judgement]
+
+    def texts(self) -> dict[str, str]:
+        """File -> text: `methods.md`, and with claims `claims.md` and `summary.md`."""
+        found = {"methods.md": f"{self.about}\n\n{markdown(self.table)}"}
+        if self.judgements:
+            found |= {
+                "claims.md": markdown(claim_table(self.judgements, sources=True)),
+                "summary.md": markdown(summary_table(self.name, self.judgements)),
+            }
+        return found
+
+
+def write_report(folder: Path, rows: Iterable[Row], texts: Mapping[str, str]) -> None:
+    """What every study leaves: `results.csv`, and the texts (file -> text) that are made from it."""
     write_rows(folder / "results.csv", rows)
-    texts = {"methods": f"{about}\n\n{markdown(table)}"}
-    if judgements:
-        texts |= {
-            "claims": markdown(claim_table(judgements, sources=True)),
-            "summary": markdown(summary_table(name, judgements)),
-        }
-    for stem, text in texts.items():
-        atomic_write(folder / f"{stem}.md", text.encode())
+    for name, text in texts.items():
+        atomic_write(folder / name, text.encode())
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:

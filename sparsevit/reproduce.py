@@ -2,16 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shared.cli import check_shared, check_study, find_config, publish, run_main, shown, study_parser
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
-    from shared.report import Row
     from shared.study import Job
     from sparsevit.config import Config
     from sparsevit.latency import Timing
@@ -67,25 +66,15 @@ def time_runs(jobs: "Sequence[Job]", config: "Config") -> "dict[str, list[Timing
             for job in chosen}  # fmt: skip
 
 
-TITLES = {
-    "paired": "accuracy after pruning, paired differences in points [95 %]",
-    "methods": "accuracy in % (mean ± deviation over seeds)", "pruners": "pruners, arm none, accuracy in %",
-    "latency": "latency", "claims": "the paper's claims, and others",
-}  # fmt: skip
-
-
 def report(config_path: Path, plan: Plan, jobs: "Sequence[Job]", folder: Path, command: str) -> None:
     """Write rows, verdict, tables and plots of the finished runs of one configuration, and print the tables."""
     from shared import report as shared_report
-    from shared.checkpoint import atomic_write, write_json
-    from shared.claims import judge
+    from shared.checkpoint import write_json
     from shared.config import load
     from shared.run import read_results
     from shared.study import finished
     from sparsevit import study
-    from sparsevit.claims import all_claims
     from sparsevit.config import Config
-    from sparsevit.latency import table as latency_table
     from sparsevit.plots import draw
 
     done = finished(jobs)
@@ -99,55 +88,24 @@ def report(config_path: Path, plan: Plan, jobs: "Sequence[Job]", folder: Path, c
                           metric=name, value=value, seconds=0.0, command=command, **common)
         for (name, seed), value in found.items()
     ]  # fmt: skip
-    figures = shared_report.figures_of(rows, "final")
-    judgements = [judge(c, figures, plan.statistics) for c in all_claims(config_path.stem, tokens_of(done[0].folder))]
-    judgements.sort(key=lambda item: item.verdict == "not run at this scale")
-    tables = {
-        "methods": shared_report.method_table(figures, plan.methods, study.COLUMNS),
-        "pruners": study.pruner_table(figures, config), "claims": shared_report.claim_table(judgements),
-    }  # fmt: skip
-    if plan.statistics:
-        tables["paired"] = study.paired_table(figures, plan.methods)
     for name, timed in timings.items():
-        tables["latency"] = latency_table(timed)
         write_json(
             folder / "latency.json", {"run": name, "device": one["device"], "timings": [asdict(t) for t in timed]}
         )
-    shared_report.write_report(
-        folder, rows, about(one, rows, command), tables["methods"], f"SparseViT, `{config_path.stem}`", judgements
-    )
-    texts = {"verdict": study.verdict(figures, plan.statistics) + "\n",
-             "cautions": study.cautions(figures, judgements) + "\n"}  # fmt: skip
-    texts |= {name: shared_report.markdown(table) for name, table in tables.items()}
-    texts["methods"] = f"{about(one, rows, command)}\n\n{texts['methods']}"
-    parts = [f"# SparseViT, {config_path.stem}\n\n{texts['verdict']}\n{texts['cautions']}"]
-    parts += [f"## {TITLES[name][0].upper()}{TITLES[name][1:]}\n\n{texts[name]}" for name in TITLES if name in tables]
-    own = {name: text for name, text in texts.items() if name not in ("methods", "claims")}
-    for name, text in (own | {"report": "\n".join(parts)}).items():
-        atomic_write(folder / f"{name}.md", text.encode())
+    timed = next(iter(timings.values()), [])
+    told = study.report_of(config_path, plan.methods, rows, one["data"], timed, plan.statistics, command)
+    shared_report.write_report(folder, rows, told.texts())
     draw([job.folder for job in done], folder / "plots", timings)
-    print(f"\n{texts['verdict']}\n{texts['cautions']}")
-    for name in (n for n in TITLES if n in tables):
-        shared_report.show(f"{config_path.stem}: {TITLES[name]}", tables[name])
+    print(f"\n{told.verdict}\n\n{told.cautions}\n")
+    for name in (n for n in study.TITLES if n in told.tables):
+        shared_report.show(f"{config_path.stem}: {study.TITLES[name]}", told.tables[name])
     print(f"{len(done)} of {len(jobs)} runs; report in {folder}")
 
 
-def about(result: Mapping[str, Any], rows: "Sequence[Row]", command: str) -> str:
-    """What the table of accuracies is of."""
-    from shared.report import commits_of
-
-    return (
-        f"Accuracy in %, mean ± deviation over seeds, on {result['data']['test_images']:,} test images; columns in % "
-        f"are `global_l1`, one shot, nothing trained after it. {result['device']}, {result['precision']}, "
-        f"{commits_of(rows)}, `{command}`."
-    )
-
-
-def tokens_of(folder: Path) -> int:
-    """N of a run's network."""
-    from sparsevit.shrink import load_network
-
-    return load_network(folder / "model").size.tokens
+def plan_of(config_name: str) -> Plan:
+    """The plan of the scale that a configuration belongs to, or one of its own."""
+    stem = find_config(config_name, "sparsevit").stem
+    return next((plan for plan in PLANS.values() if stem in plan.configs), None) or plan_elsewhere(config_name)
 
 
 def plan_elsewhere(config_name: str) -> Plan:
@@ -172,10 +130,7 @@ def run_reproduce(arguments: Sequence[str]) -> int:
 
     scale, why = choose_scale(asked.scale)
     print(why, flush=True)
-    plan = PLANS[scale]
-    if asked.config:  # a configuration keeps the plan of the scale that it belongs to
-        stem = find_config(asked.config, "sparsevit").stem
-        plan = next((p for p in PLANS.values() if stem in p.configs), plan_elsewhere(asked.config))
+    plan = plan_of(asked.config) if asked.config else PLANS[scale]
     partial = check_study(asked, METHODS)
     plan = Plan(plan.configs, tuple(asked.methods or plan.methods), asked.seeds or plan.seeds, plan.statistics)
     if asked.study == "choose":

@@ -2,18 +2,22 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shared.claims import Comparison, Figures, Judgement, show_difference, show_mean
+from shared.claims import Comparison, Figures, Judgement, judge, show_difference, show_mean
+from shared.config import load
 from shared.metrics import mean_and_std, paired_difference
-from shared.report import Row, figures_of
-from sparsevit.claims import DENSE_GAIN, FLOOR_ARMS, MEANS, STATISTIC, data_set_of
+from shared.report import Report, Row, claim_table, commits_of, figures_of, markdown, method_table
+from sparsevit.claims import DENSE_GAIN, FLOOR_ARMS, MEANS, STATISTIC, all_claims, data_set_of
 from sparsevit.config import Config
 from sparsevit.measure import percent
 from sparsevit.method import attention_penalty
 from sparsevit.model import arch_size, count_parameters, count_prunable
+from sparsevit.start import network_size
 
 if TYPE_CHECKING:
     from sparsevit.latency import Timing
@@ -29,6 +33,61 @@ PAIRED = {
     "70 %": "global_l1.70.accuracy", "80 %": "global_l1.80.accuracy", "75 % neurons": "neurons.75.accuracy",
 }  # fmt: skip
 TIMED_BATCHES = (1, 64)
+TITLES = {  # of the tables, in the order of the report
+    "paired": "accuracy after pruning, paired differences in points [95 %]",
+    "methods": "accuracy in % (mean ± deviation over seeds)", "pruners": "pruners, arm none, accuracy in %",
+    "latency": "latency", "claims": "the paper's claims, and others",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StudyReport(Report):
+    """A report with a verdict, cautions and further tables, by the names in `TITLES`."""
+
+    config_name: str
+    verdict: str
+    cautions: str
+    tables: dict[str, list[list[str]]]
+
+    def texts(self) -> dict[str, str]:
+        """As `Report.texts`, with a file for each table, `verdict.md`, `cautions.md`, and `report.md` of them all."""
+        usual = super().texts()
+        tables = {name: markdown(self.tables[name]) for name in TITLES if name in self.tables}
+        tables["methods"] = usual["methods.md"]
+        parts = [f"# SparseViT, {self.config_name}\n\n{self.verdict}\n\n{self.cautions}\n"]
+        parts += [f"## {TITLES[name][0].upper()}{TITLES[name][1:]}\n\n{text}" for name, text in tables.items()]
+        own = {f"{name}.md": text for name, text in tables.items()}
+        own |= {"verdict.md": f"{self.verdict}\n", "cautions.md": f"{self.cautions}\n", "report.md": "\n".join(parts)}
+        return own | usual
+
+
+def report_of(config_path: Path, methods: Sequence[str], rows: Sequence[Row], data: Mapping[str, Any],
+              timings: "Sequence[Timing]", statistics: bool, command: str) -> StudyReport:  # fmt: skip
+    """All that is said of one configuration, from its rows and, where networks were timed, their latencies.
+
+    Args:
+        data: `test_images`, `image` and `channels` as in a run's `results.json`.
+    """
+    from sparsevit.latency import table as latency_table
+
+    config, figures = load(config_path, Config), figures_of(rows, "final")
+    tokens = network_size(config.model, data["image"], data["channels"], 10).tokens
+    judgements = [judge(c, figures, statistics) for c in all_claims(config_path.stem, tokens)]
+    judgements.sort(key=lambda item: item.verdict == "not run at this scale")
+    tables = {
+        "methods": method_table(figures, methods, COLUMNS), "pruners": pruner_table(figures, config),
+        "claims": claim_table(judgements),
+    }  # fmt: skip
+    tables |= {"paired": paired_table(figures, methods)} if statistics else {}
+    tables |= {"latency": latency_table(timings)} if timings else {}
+    about = (
+        f"Accuracy in %, mean ± deviation over seeds, on {data['test_images']:,} test images; columns in % are "
+        f"`global_l1`, one shot, nothing trained after it. {rows[0].device}, {rows[0].precision}, "
+        f"{commits_of(rows)}, `{command}`."
+    )
+    said = verdict(figures, statistics), cautions(figures, judgements)
+    name = f"SparseViT, `{config_path.stem}`"
+    return StudyReport(name, about, tables["methods"], judgements, config_path.stem, *said, tables)
 
 
 def paired_figures(values: Figures, own: str | None = None) -> dict[str, dict[int, float]]:
