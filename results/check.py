@@ -22,6 +22,10 @@ KEY = ("paper", "config", "method", "seed", "at", "split", "metric")
 FEWER_SEEDS = "fewer seeds"  # a report that says so in methods.md may have arms with the first seeds only,
 BUDGET = "budget_"  # and so may the studies of LightCNN's budget, whose last rung has more of them by design
 Lines = Sequence[Mapping[str, str]]
+TEXTS = {  # what checks the text that is made of a CSV
+    "benchmarks.csv": recompute.benchmark_problems, "latency.csv": recompute.latency_problems,
+    "timings.csv": recompute.timings_problems, "choice.csv": recompute.choice_problems,
+}  # fmt: skip
 
 
 def duplicate_problems(lines: Lines) -> list[str]:
@@ -88,16 +92,21 @@ def file_problems(path: Path) -> list[str]:
     problems = format_problems(path.name, columns, lines)
     if problems:
         return problems
-    if path.name == "benchmarks.csv":
-        return recompute.benchmark_problems(path)
-    if path.name == "latency.csv":
-        return recompute.latency_problems(path)
+    if path.name in TEXTS:
+        return TEXTS[path.name](path)
     if SCHEMAS[path.name] is not RESULTS:
         return []
     problems = row_problems(path, lines)
     if not problems and path.name == "results.csv":
         problems = recompute.table_problems(path.parent, read_rows(path))
     return problems
+
+
+def orphans(folder: Path) -> list[Path]:
+    """Published tables without a CSV that they could be made from."""
+    beside = [path for path in folder.glob("*/*.md") if not path.with_suffix(".csv").exists()]
+    studies = [path for path in folder.glob("*/*/*.md") if not any(path.parent.glob("*.csv"))]
+    return sorted(beside + studies)
 
 
 def check(folder: Path) -> tuple[list[str], int, int]:
@@ -118,6 +127,7 @@ def check(folder: Path) -> tuple[list[str], int, int]:
             count += len(read_lines(path)[1])
         except UserError as error:
             problems.append(f"{name}: {error}")
+    problems += [f"{path.relative_to(folder.parent).as_posix()}: has no CSV beside it" for path in orphans(folder)]
     return problems, len(paths), count
 
 

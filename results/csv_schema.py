@@ -42,13 +42,18 @@ def positive(value: str) -> bool:
     return number(value, 0.0)
 
 
+def share(value: str) -> bool:
+    """Whether a value is a number from 0 to 1."""
+    return number(value, 0.0) and float(value) <= 1
+
+
 def or_empty(test: Test) -> Test:
     """A value of that kind, or none."""
     return lambda value: value == "" or test(value)
 
 
 WORD, COUNTED, TEXT = matches(r"[\w.+-]+"), matches(r"0|[1-9]\d*"), matches(r"\S(?:.*\S)?")
-COMMIT = matches(r"[0-9a-f]{40}")
+COMMIT, MADE_BY = matches(r"[0-9a-f]{40}"), matches(r"python -m \w+\.\w+ \S.*")
 RESULTS: Mapping[str, Test] = {
     "paper": lambda value: value in PAPERS,
     "config": WORD,
@@ -62,7 +67,7 @@ RESULTS: Mapping[str, Test] = {
     "precision": lambda value: value in get_args(Precision) and value != "auto",
     "commit": COMMIT,
     "seconds": positive,
-    "command": matches(r"python -m \w+\.\w+ \S.*"),
+    "command": MADE_BY,
 }
 BENCHMARKS: Mapping[str, Test] = {
     "benchmark": TEXT,
@@ -111,9 +116,38 @@ LATENCY: Mapping[str, Test] = {
     "torch": TEXT,
     "commit": COMMIT,
 }
+TIMINGS: Mapping[str, Test] = {
+    "network": TEXT,
+    "batch": COUNTED,
+    "parameters": COUNTED,
+    "macs": COUNTED,
+    "seconds": positive,
+    "seconds_q1": positive,
+    "seconds_q3": positive,
+    "times_as_fast": positive,
+    "images_per_second": positive,
+    "n": COUNTED,
+    "device": TEXT,
+    "precision": matches("float32|float16"),
+    "torch": or_empty(TEXT),
+    "commit": or_empty(COMMIT),
+    "command": MADE_BY,
+}
+CHOICE: Mapping[str, Test] = {
+    "arm": WORD,
+    "coefficient": or_empty(positive),
+    "term_share": or_empty(positive),
+    "held_out": share,
+    "difference": or_empty(number),
+    "deviation": or_empty(positive),
+    "low": or_empty(number),
+    "high": or_empty(number),
+    "seeds": matches(r"\d+(?: \d+)*"),
+    "command": MADE_BY,
+}
 SCHEMAS: Mapping[str, Mapping[str, Test]] = {
     "results.csv": RESULTS, "runs.csv": RESULTS, "benchmarks.csv": BENCHMARKS, "clients.csv": CLIENTS,
-    "latency.csv": LATENCY,
+    "latency.csv": LATENCY, "timings.csv": TIMINGS, "choice.csv": CHOICE,
 }  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """The published texts, made again from the CSV beside them: what a study's files say must be what its rows give."""
 
 import importlib.util
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from csv_schema import REPOSITORY, read_lines
+from csv_schema import REPOSITORY, format_problems, read_lines
 from run_commands import command_problem
 
 from shared.cli import find_config
@@ -87,7 +86,7 @@ class Study:
         from sparsevit.reproduce import plan_of as plan_of_sparsevit
         from sparsevit.study import report_of as report_of_sparsevit
 
-        plan, timings = plan_of_sparsevit(self.config), read_timings(self.folder / "latency.json")
+        plan, timings = plan_of_sparsevit(self.config), read_timings(self.folder / "timings.csv")
         said = self._data(), timings, plan.statistics, self._command()
         return report_of_sparsevit(self.path, self.methods, self.rows, *said).texts()
 
@@ -150,20 +149,26 @@ def read_timings(path: Path) -> "list[Timing]":
     """The latencies beside a study; none where there are none.
 
     Raises:
-        DataError: the file is damaged.
+        DataError: they are not of their kind.
     """
-    from sparsevit.latency import Timing
+    from sparsevit.latency import timings_of
 
-    try:
-        return [Timing(**one) for one in json.loads(path.read_bytes())["timings"]] if path.exists() else []
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path.name}: is damaged: {error}") from None
+    if not path.exists():
+        return []
+    columns, lines = read_lines(path)
+    if format_problems(path.name, columns, lines):
+        raise DataError(f"{path.name}: is damaged, and its texts cannot be made from it")
+    return timings_of(lines)
 
 
 def table_problems(folder: Path, rows: Sequence[Row]) -> list[str]:
     """What a study's files say that its rows do not, as `file: problem`; one run alone needs no files."""
     study = Study(folder, rows)
-    wanted = {} if study.single else study.texts()
+    return folder_problems(folder, {} if study.single else study.texts())
+
+
+def folder_problems(folder: Path, wanted: Mapping[str, str]) -> list[str]:
+    """How the texts in a folder differ from those that it should hold (file -> text), as `file: problem`."""
     differences = {name: difference(text_of(folder / name), text) for name, text in wanted.items()}
     problems = [f"{name}: {what}" for name, what in differences.items() if what]
     strangers = sorted({path.name for path in folder.glob("*.md")} - set(wanted))
@@ -212,6 +217,23 @@ def benchmark_problems(path: Path) -> list[str]:
         {key: float(value) if key in numbers else value for key, value in line.items() if value} for line in lines
     ]
     return _text_problems(path, _benchmark("bench_report").ratios(rows))
+
+
+def timings_problems(path: Path) -> list[str]:
+    """What `latency.md` says that SparseViT's `timings.csv` does not; beside a study it is one of the study's texts."""
+    from sparsevit.latency import text_of as text_of_timings
+
+    if path.with_name("results.csv").exists():
+        return []
+    return folder_problems(path.parent, {"latency.md": text_of_timings(read_lines(path)[1])})
+
+
+def choice_problems(path: Path) -> list[str]:
+    """What `choice.md` says that the CSV beside it does not."""
+    from sparsevit.choose import read_line
+    from sparsevit.choose import text_of as text_of_choice
+
+    return folder_problems(path.parent, {"choice.md": text_of_choice([read_line(x) for x in read_lines(path)[1]])})
 
 
 def latency_problems(path: Path) -> list[str]:

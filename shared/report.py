@@ -41,10 +41,15 @@ def rows_of(results: Mapping[str, Any]) -> list[Row]:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write the CSV, one figure a line."""
+    write_csv(path, [f.name for f in fields(Row)], (asdict(row) for row in rows))
+
+
+def write_csv(path: Path, columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write a CSV with a head; what is None stays empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(Row)], lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    writer.writerows(lines)
     atomic_write(path, text.getvalue().encode())
 
 

@@ -5,16 +5,17 @@ points below that of `none`, as a mean of paired differences over seeds that the
 pruned in these runs, and of their results one figure is read, that of the held-out images.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from shared.checkpoint import atomic_write
 from shared.claims import show_difference
 from shared.config import load
 from shared.errors import ConfigError, RunError
-from shared.metrics import paired_difference
-from shared.report import markdown, show
+from shared.metrics import PairedDifference, paired_difference
+from shared.report import markdown, show, write_csv
 from shared.run import folder_name, read_metrics, read_results
 from shared.study import Job, run_jobs
 from sparsevit.config import Config
@@ -72,46 +73,92 @@ def term_share(folder: Path) -> float:
     return float(read_metrics(folder, "first_step")[0]["term_share"])
 
 
-def chosen(found: Found, grid: Mapping[str, tuple[float, ...]]) -> dict[str, float | None]:
+@dataclass(frozen=True)
+class Line:
+    """One line of `choice.csv`: a candidate, its accuracy on held-out images, the paired difference to `none` (shares).
+
+    `none` itself has no coefficient, no term and no difference.
+    """
+
+    arm: str
+    coefficient: float | None
+    term_share: float | None
+    held_out: float
+    difference: float | None
+    deviation: float | None
+    low: float | None
+    high: float | None
+    seeds: str
+    command: str
+
+
+def lines_of(found: Found, shares: Mapping[Candidate, float], command: str) -> list[Line]:
+    """What the candidates' runs give, in their order."""
+    base, lines = found[Candidate("none")], list[Line]()
+    for candidate, values in found.items():
+        held_out, made = sum(values.values()) / len(values), (" ".join(map(str, values)), command)
+        if candidate.arm == "none":
+            lines.append(Line("none", None, None, held_out, None, None, None, None, *made))
+            continue
+        mean, std, _, low, high = paired_difference([values[s] for s in values], [base[s] for s in values])
+        share = shares[candidate]
+        lines.append(Line(candidate.arm, candidate.coefficient, share, held_out, mean, std, low, high, *made))
+    return lines
+
+
+def read_line(values: Mapping[str, str]) -> Line:
+    """A line of the CSV."""
+    kept: dict[str, Any] = {key: values[key] for key in ("arm", "seeds", "command")}
+    return Line(**kept | {key: float(x) if x else None for key, x in values.items() if key not in kept})
+
+
+def chosen(lines: Sequence[Line]) -> dict[str, float | None]:
     """For each arm the largest coefficient that keeps the bound; None where none does."""
-    base, picked = found[Candidate("none")], dict[str, float | None]()
-    for arm, values in grid.items():
-        kept = []
-        for coefficient in values:
-            mine = found[Candidate(arm, coefficient)]
-            loss = sum(base[s] - mine[s] for s in mine) / len(mine)
-            kept += [coefficient] if loss <= BOUND + 1e-9 else []
-        picked[arm] = max(kept, default=None)
+    picked: dict[str, float | None] = {line.arm: None for line in lines if line.arm != "none"}
+    for line in lines:
+        if line.coefficient is not None and line.difference is not None and line.difference >= -BOUND - 1e-9:
+            picked[line.arm] = max(line.coefficient, picked[line.arm] or 0.0)
     return picked
 
 
-def table(found: Found, shares: Mapping[Candidate, float], grid: Mapping[str, tuple[float, ...]]) -> list[list[str]]:
+def table(lines: Sequence[Line]) -> list[list[str]]:
     """Head and one row a candidate."""
-    picked, base = chosen(found, grid), found[Candidate("none")]
+    picked = chosen(lines)
     rows = [["arm", "coefficient", "term / cross-entropy, first step", "held out, %", "to none, points [95 %]", ""]]
-    for candidate, values in found.items():
-        accuracy = f"{100 * sum(values.values()) / len(values):.2f}"
-        if candidate.arm == "none":
+    for line in lines:
+        accuracy = f"{100 * line.held_out:.2f}"
+        numbers = [x for x in (line.difference, line.deviation, line.low, line.high) if x is not None]
+        if line.coefficient is None or not numbers:
             rows.append(["none", "-", "-", accuracy, "-", ""])
             continue
-        difference = paired_difference([values[s] for s in values], [base[s] for s in values])
-        mark = "chosen" if picked[candidate.arm] == candidate.coefficient else ""
-        rows.append([candidate.arm, f"{candidate.coefficient:g}", f"{shares[candidate]:.2g}", accuracy,
-                     show_difference(difference), mark])  # fmt: skip
+        mean, std, low, high = numbers
+        difference = show_difference(PairedDifference(mean, std, len(line.seeds.split()), low, high))
+        mark = "chosen" if picked[line.arm] == line.coefficient else ""
+        rows.append([line.arm, f"{line.coefficient:g}", f"{line.term_share:.2g}", accuracy, difference, mark])
     return rows
 
 
-def sentences(picked: Mapping[str, float | None], grid: Mapping[str, tuple[float, ...]]) -> list[str]:
+def sentences(lines: Sequence[Line]) -> list[str]:
     """What was chosen, and where the grid's end decided."""
-    lines = []
-    for arm, value in picked.items():
+    said = []
+    for arm, value in chosen(lines).items():
         if value is None:
-            lines.append(f"{arm}: every coefficient of the grid costs more than {100 * BOUND:g} points; lower it.")
-        elif value == max(grid[arm]):
-            lines.append(f"{arm}: {value:g}, the largest of the grid, which may be too short.")
+            said.append(f"{arm}: every coefficient of the grid costs more than {100 * BOUND:g} points; lower it.")
+        elif value == max(line.coefficient or 0.0 for line in lines if line.arm == arm):
+            said.append(f"{arm}: {value:g}, the largest of the grid, which may be too short.")
         else:
-            lines.append(f"{arm}: {value:g}")
-    return lines
+            said.append(f"{arm}: {value:g}")
+    return said
+
+
+def text_of(lines: Sequence[Line]) -> str:
+    """What `choice.md` says: the rule, the table, the choice."""
+    rule = (
+        f"The largest coefficient whose unpruned accuracy on held-out images is at most {100 * BOUND:g} points below "
+        f"that of `none` (mean of paired differences, seeds {', '.join(lines[0].seeds.split())}, none of them "
+        f"reported). `{lines[0].command}`."
+    )
+    return "\n".join([rule, "", markdown(table(lines)), *(f"- {x}" for x in sentences(lines)), ""])
 
 
 def choose(path: Path, shown_path: str, out: Path, workers: int, command: str,
@@ -132,14 +179,9 @@ def choose(path: Path, shown_path: str, out: Path, workers: int, command: str,
         )
     found = {c: {s: held_out_accuracy(jobs[c, s].folder) for s in SEEDS} for c in candidates(grid)}
     shares = {c: sum(term_share(jobs[c, s].folder) for s in SEEDS) / len(SEEDS) for c in found}
-    rows, folder = table(found, shares, grid), out / "sparsevit" / f"choice-{path.stem}"
-    rule = (
-        f"The largest coefficient whose unpruned accuracy on held-out images is at most {100 * BOUND:g} points below "
-        f"that of `none` (mean of paired differences, seeds {', '.join(map(str, SEEDS))}, none of them reported). "
-        f"`{command}`."
-    )
-    lines = sentences(chosen(found, grid), grid)
-    atomic_write(folder / "choice.md", "\n".join([rule, "", markdown(rows), *(f"- {x}" for x in lines), ""]).encode())
-    show(f"{path.stem}: held-out accuracy of unpruned networks", rows)
-    print("\n".join([*lines, f"report in {folder}"]))
+    lines, folder = lines_of(found, shares, command), out / "sparsevit" / f"choice-{path.stem}"
+    write_csv(folder / "choice.csv", [field.name for field in fields(Line)], map(asdict, lines))
+    atomic_write(folder / "choice.md", text_of(lines).encode())
+    show(f"{path.stem}: held-out accuracy of unpruned networks", table(lines))
+    print("\n".join([*sentences(lines), f"report in {folder}"]))
     return folder

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from shared.checkpoint import atomic_write, write_json
 from shared.cli import check_shared, run_main
 from shared.errors import CheckpointError, ConfigError, RunError
 from shared.gpu import describe, setup
-from shared.run import command_line
+from shared.run import command_line, environment
 from sparsevit.baselines import can_run_two_four, to_two_four
 from sparsevit.config import Config
 from sparsevit.measure import independent, masked, percent
@@ -85,6 +86,43 @@ def table(timings: Sequence[Timing]) -> list[list[str]]:
          f"{1e3 * t.median:.3g} [{1e3 * t.low:.3g}, {1e3 * t.high:.3g}]", f"{t.images_per_second:.4g}",
          f"{t.speedup:.2f}"] for t in timings
     )]  # fmt: skip
+
+
+def write_timings(path: Path, timings: Sequence[Timing], rounds: int, where: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Write a CSV with one line a variant and batch size, and return its lines.
+
+    Args:
+        where: device, precision, torch, commit and command.
+    """
+    ends = {"n": rounds, **{key: where[key] for key in ("device", "precision", "torch", "commit", "command")}}
+    lines = [
+        {
+            "network": t.name, "batch": t.batch, "parameters": t.parameters, "macs": t.macs, "seconds": t.median,
+            "seconds_q1": t.low, "seconds_q3": t.high, "times_as_fast": t.speedup,
+            "images_per_second": t.images_per_second, **ends,
+        }
+        for t in timings
+    ]  # fmt: skip
+    report.write_csv(path, list(lines[0]), lines)
+    return lines
+
+
+def timings_of(lines: Sequence[Mapping[str, Any]]) -> list[Timing]:
+    """The timings in the lines of such a CSV."""
+    counts, measured = ("batch", "parameters", "macs"), ("seconds", "seconds_q1", "seconds_q3", "times_as_fast",
+                                                         "images_per_second")  # fmt: skip
+    return [Timing(x["network"], *(int(x[c]) for c in counts), *(float(x[c]) for c in measured)) for x in lines]
+
+
+def text_of(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What the Markdown beside such a CSV says: where it was measured, and the table."""
+    one = lines[0]
+    commit = f", commit {one['commit'][:10]}" if one["commit"] else ""
+    about = (
+        f"{one['device']}, {one['precision']}, torch {one['torch']}{commit}; {one['n']} rounds in turn, medians and "
+        f"quartiles. Saved networks, loaded by `{one['command']}`."
+    )
+    return f"{about}\n\n{report.markdown(table(timings_of(lines)))}"
 
 
 def variants_of_run(folder: Path, config: Config, device: torch.device) -> dict[str, Vit]:
@@ -170,7 +208,9 @@ def run_latency(arguments: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
     parser.add_argument("--half", action="store_true", help="float16; adds 2:4 sparse MLPs where the GPU has kernels")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the timings there as well")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there as well")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the table there, and timings.csv beside it"
+    )
     asked = parser.parse_args(arguments)
     check_shared(__file__)
     if (asked.make is None) == (asked.folder is None):
@@ -192,14 +232,16 @@ def run_latency(arguments: Sequence[str]) -> int:
             to_two_four(sparse)
             networks["2:4 sparse MLPs"] = sparse
     timings = time_networks(networks, asked.batch, device, asked.repeats)
-    where = f"{describe(device)}, {'float16' if asked.half else 'float32'}, torch {torch.__version__}"
-    report.show(f"{where}; {asked.repeats} rounds", table(timings))
+    precision = "float16" if asked.half else "float32"
+    shown = f"{describe(device)}, {precision}, torch {torch.__version__}"
+    report.show(f"{shown}; {asked.repeats} rounds", table(timings))
     if asked.json:
-        write_json(asked.json, {"where": where, "timings": [asdict(t) for t in timings]})
+        write_json(asked.json, {"where": shown, "timings": [asdict(t) for t in timings]})
     if asked.markdown:
-        command = command_line("sparsevit.latency", arguments)
-        text = f"{where}; {asked.repeats} rounds in turn, medians and quartiles. Saved networks, loaded by `{command}`."
-        atomic_write(asked.markdown, f"{text}\n\n{report.markdown(table(timings))}".encode())
+        where = environment(command_line("sparsevit.latency", arguments))
+        where |= {"device": describe(device), "precision": precision}
+        lines = write_timings(asked.markdown.with_name("timings.csv"), timings, asked.repeats, where)
+        atomic_write(asked.markdown, text_of(lines).encode())
     return 0
 
 

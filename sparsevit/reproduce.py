@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,12 +69,12 @@ def time_runs(jobs: "Sequence[Job]", config: "Config") -> "dict[str, list[Timing
 def report(config_path: Path, plan: Plan, jobs: "Sequence[Job]", folder: Path, command: str) -> None:
     """Write rows, verdict, tables and plots of the finished runs of one configuration, and print the tables."""
     from shared import report as shared_report
-    from shared.checkpoint import write_json
     from shared.config import load
-    from shared.run import read_results
+    from shared.run import environment, read_results
     from shared.study import finished
     from sparsevit import study
     from sparsevit.config import Config
+    from sparsevit.latency import REPEATS, write_timings
     from sparsevit.plots import draw
 
     done = finished(jobs)
@@ -88,11 +88,10 @@ def report(config_path: Path, plan: Plan, jobs: "Sequence[Job]", folder: Path, c
                           metric=name, value=value, seconds=0.0, command=command, **common)
         for (name, seed), value in found.items()
     ]  # fmt: skip
-    for name, timed in timings.items():
-        write_json(
-            folder / "latency.json", {"run": name, "device": one["device"], "timings": [asdict(t) for t in timed]}
-        )
     timed = next(iter(timings.values()), [])
+    if timed:
+        where = environment(command) | common | {"precision": "float32"}
+        write_timings(folder / "timings.csv", timed, REPEATS, where)
     told = study.report_of(config_path, plan.methods, rows, one["data"], timed, plan.statistics, command)
     shared_report.write_report(folder, rows, told.texts())
     draw([job.folder for job in done], folder / "plots", timings)

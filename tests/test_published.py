@@ -149,10 +149,39 @@ def test_a_study_of_the_budget_is_made_again_with_the_command_that_its_table_nam
             recompute.table_problems(folder, rows)
 
 
+@pytest.mark.parametrize(("study", "csv_name", "name"), [
+    ("sparsevit/mini_choice", "choice.csv", "choice.md"), ("sparsevit/vit_b16_224", "timings.csv", "latency.md"),
+])  # fmt: skip
+def test_a_table_beside_the_studies_says_what_its_csv_gives_and_none_is_without_one(tmp_path, study, csv_name, name):
+    folder = copy_of(study, tmp_path)
+    assert check.check(folder.parents[1])[0] == []
+    text = (folder / name).read_text()
+    (folder / name).write_text(re.sub(r"(\| [\d.e+]+) \[", r"\g<1>1 [", text).replace(" 85.7", " 86.7"))
+    (problem,) = check.check(folder.parents[1])[0]
+    assert re.match(rf"results/{study}/{csv_name}: {name}: .* says .*; the rows give ", problem)
+    (folder / name).unlink()
+    assert check.check(folder.parents[1])[0] == [f"results/{study}/{csv_name}: {name}: is missing"]
+    (folder / name).write_text(text)
+    copy_of(MDCS, tmp_path)
+    (folder / csv_name).unlink()
+    assert check.check(folder.parents[1])[0] == [f"results/{study}/{name}: has no CSV beside it"]
+
+
+def test_benchmarks_without_their_csv_are_named(tmp_path):
+    folder = copy_of(MDCS, tmp_path)
+    shutil.copy(REPOSITORY / "results" / "mdcs" / "benchmarks.md", folder.parent)
+    assert check.check(folder.parents[1])[0] == ["results/mdcs/benchmarks.md: has no CSV beside it"]
+
+
 def test_rows_in_the_folder_of_a_study_that_is_none_and_damaged_latencies_are_told(tmp_path):
     rows = [replace(row, config="smoke") for row in read_rows(REPOSITORY / "results" / MDCS / "results.csv")]
     with pytest.raises(DataError, match=r"is in the folder of a study 'ablations'; mdcs has main, distillation"):
         recompute.table_problems(tmp_path / "mdcs" / "smoke_ablations", rows)
     folder = copy_of(SPARSEVIT, tmp_path)
-    (folder / "latency.json").write_text("{}")
-    assert problems_of(folder) == ["latency.json: is damaged: 'timings'"]
+    timings = folder / "timings.csv"
+    timings.write_text(timings.read_text().replace(",0.0", ",-0.0", 1))
+    first, second = check.check(folder.parents[1])[0]
+    assert first == (
+        "results/sparsevit/mini/results.csv: timings.csv: is damaged, and its texts cannot be made from it"
+    )
+    assert second.startswith("results/sparsevit/mini/timings.csv:2: seconds: '-0.0004676019962062128' does not fit")

@@ -1,5 +1,6 @@
 """The choice of coefficients: its rule, the one figure that it sees, a whole one in small."""
 
+import csv
 import json
 
 import pytest
@@ -9,7 +10,19 @@ from shared.config import load, parse
 from shared.errors import RunError
 from shared.study import Outcome
 from sparsevit import choose, reproduce, train
-from sparsevit.choose import GRID, SEEDS, Candidate, candidates, chosen, held_out_accuracy, sentences, table
+from sparsevit.choose import (
+    GRID,
+    SEEDS,
+    Candidate,
+    candidates,
+    chosen,
+    held_out_accuracy,
+    lines_of,
+    read_line,
+    sentences,
+    table,
+    text_of,
+)
 from sparsevit.config import Config
 from sparsevit.reproduce import ARMS, PLANS
 
@@ -31,16 +44,21 @@ def found(**accuracies):
 )  # fmt: skip
 def test_the_largest_coefficient_that_costs_at_most_half_a_point_is_taken(losses, wanted):
     values = found(l1=[loss / 100 for loss in losses])
-    assert chosen(values, {"l1": GRID["l1"]}) == {"l1": wanted}
-    rows = table(values, dict.fromkeys(values, 0.1), {"l1": GRID["l1"]})
+    lines = lines_of(values, dict.fromkeys(values, 0.1), "the command")
+    assert chosen(lines) == {"l1": wanted}
+    rows = table(lines)
     assert [row[1] for row in rows if row[-1] == "chosen"] == ([] if wanted is None else [f"{wanted:g}"])
     assert rows[2][4].startswith(f"{losses[0]:+.2f} ± 0.00")
 
 
 def test_a_choice_at_the_end_of_the_grid_says_so():
-    assert "may be too short" in sentences({"l1": max(GRID["l1"])}, GRID)[0]
-    assert "lower it" in sentences({"l1": None}, GRID)[0]
-    assert sentences({"l1": GRID["l1"][1]}, GRID) == [f"l1: {GRID['l1'][1]:g}"]
+    def said(*losses):
+        values = found(l1=[loss / 100 for loss in losses])
+        return sentences(lines_of(values, dict.fromkeys(values, 0.1), "the command"))
+
+    assert said(0, 0, 0, 0, 0, 0) == [f"l1: {GRID['l1'][5]:g}, the largest of the grid, which may be too short."]
+    assert "lower it" in said(-1, -1, -1, -1, -1, -1)[0]
+    assert said(0, 0, -1, -1, -1, -1) == [f"l1: {GRID['l1'][1]:g}"]
 
 
 def test_the_seeds_of_the_choice_are_not_reported_and_its_arms_are_those_with_a_free_coefficient():
@@ -93,6 +111,15 @@ def test_a_whole_choice_prints_its_table_and_writes_it(tiny_file, tmp_path, monk
     text = (folder / "choice.md").read_text()
     assert "seeds 100, 101, 102" in text
     assert "- group: 1e-09, the largest of the grid" in text
+    with open(folder / "choice.csv", newline="", encoding="utf-8") as file:
+        lines = [read_line(line) for line in csv.DictReader(file)]
+    assert [(line.arm, line.coefficient) for line in lines] == [
+        ("none", None),
+        ("l1", 1e-9),
+        ("l1", 1),
+        ("group", 1e-9),
+    ]
+    assert text_of(lines) == text
     results = list((tmp_path / "runs" / "sparsevit").glob("*/results.json"))
     assert len(results) == 3 * 4
     for path in results:

@@ -1,7 +1,9 @@
 """Evaluation: accuracy, calibration, sizes, the command that checks a run, timing, ONNX."""
 
+import csv
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -232,7 +234,8 @@ def test_the_variants_of_vit_b16_have_the_counts_of_the_brief():
 def test_variants_made_of_random_values_are_saved_and_timed_in_another_process(tmp_path, python, lab):
     made = python("-m", "sparsevit.latency", "--make", str(tmp_path / "nets"), "--arch", "s0", "--image", "28")
     assert made.returncode == 0, made.stderr
-    options = ("--batch", "2", "--repeats", "3", "--threads", "1", "--json", str(tmp_path / "t.json"))
+    options = ("--batch", "2", "--repeats", "3", "--threads", "1", "--json", str(tmp_path / "t.json"),
+               "--markdown", str(tmp_path / "latency.md"))  # fmt: skip
     timed = python("-m", "sparsevit.latency", str(tmp_path / "nets"), *options)
     assert timed.returncode == 0, timed.stderr
     written = json.loads((tmp_path / "t.json").read_text())
@@ -241,6 +244,12 @@ def test_variants_made_of_random_values_are_saved_and_timed_in_another_process(t
     assert names[-1] == "50 % neurons and heads removed"
     assert written["timings"][0]["macs"] > written["timings"][-1]["macs"]
     assert "CPU" in written["where"]
+    with open(tmp_path / "timings.csv", newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [vars(timing) for timing in latency.timings_of(lines)] == written["timings"]
+    text = (tmp_path / "latency.md").read_text()
+    assert text == latency.text_of(lines)
+    assert re.match(r"CPU \(.*\), 1 thread, float32, torch \S+, commit \w+; 3 rounds in turn", text)
 
 
 REFUSED = ([], ["a", "--make", "b"], ["{out}"], ["{out}", "--batch", "0"], ["--make", "{out}", "--arch", "x"],
