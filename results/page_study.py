@@ -36,12 +36,12 @@ class StudyPart:
         self.headlines = summary  # paper, claim, paper's number, ours, n, verdict
 
     @property
-    def command(self) -> str:
+    def command(self) -> str | None:
         """What makes the study: the command of its rows of the whole or in its texts, else of its first run."""
         found = [line["command"] for line in self.lines if line["method"] == "study"]
         texts = [] if self.single else [text for _, text in self._texts()]
-        found += [command for text in texts for command in re.findall(r"`(python -m \w+\.reproduce[^`]*)`", text)]
-        return [*found, *(line["command"] for line in self.lines), "make reproduce"][0]
+        found += [command for text in texts for command in re.findall(r"`(python -m \w+\.\w+ [^`]*)`", text)]
+        return next(iter([*found, *(line["command"] for line in self.lines)]), None)
 
     def environment(self) -> list[list[str]]:
         """Rows of the table of environments: of, device, precision, torch, commit, command."""
@@ -115,7 +115,8 @@ class StudyPart:
 
     def _made(self, text: str = "") -> str:
         said = f"{escape(text)} " if text else ""
-        return f"<figcaption>{said}Made by <code>{escape(self.command)}</code></figcaption>"
+        made = f"Made by <code>{escape(self.command)}</code>" if self.command else "Its command is not recorded."
+        return f"<figcaption>{said}{made}</figcaption>"
 
 
 class BenchmarkPart:

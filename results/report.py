@@ -22,6 +22,7 @@ from shared.errors import DataError
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = Path("results/report/index.html")
 LARGEST = 8 * 2**20
+NOT_RUN = "not run at this scale"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 INTRODUCTION = ("The paper in a screen",)
 PROTOCOL = ("Methods", "Results", "Real ")
@@ -138,7 +139,8 @@ def build(root: Path) -> str:
 {_contents(papers)}
 <main id="main">
 {main}
-<footer><p>Made from the published files by <code>make report</code>; what a CSV holds is in
+<footer><p>Made by <code>make report</code>: figures, tables, verdicts and plots from the published files, the words
+around them from the READMEs of the repository and the packages. What a CSV holds is in
 <a href="../README.md">results/README.md</a>.</p></footer>
 </main>
 </div>
@@ -173,12 +175,23 @@ def _summary(root: Path, papers: Sequence[PaperPart]) -> str:
     rows = [["paper", "claim", "paper's number", "ours", "n", "verdict"]]
     rows += [row for paper in papers for study in paper.studies for row in study.headlines]
     lines += ["</ul>", "<h2>The headline claims</h2>"]
-    lines.append(
-        f"<p>{len(rows) - 1} claims, each judged by paired differences over n seeds: reproduced where the 95 % "
-        "interval is on the claim's side of zero, not reproduced where it is on the other, inconclusive where it spans "
-        "zero. Made by <code>make tables</code>.</p>"
-    )
+    lines.append(f"<p>{_judged(rows[1:])} Made by <code>make tables</code>.</p>")
     return "\n".join([*lines, parts.table(rows, "Headline claims of all papers", "claims headline"), "</section>"])
+
+
+def _judged(rows: Sequence[Sequence[str]]) -> str:
+    """How the claims of these rows are judged: comparisons have an interval, facts have none."""
+    compared = sum("[" in row[3] for row in rows)
+    facts = sum("[" not in row[3] and row[-1] != NOT_RUN for row in rows)
+    said = (
+        f"{len(rows)} claims. {compared} are comparisons, judged by a difference over n seeds, paired where both sides "
+        "are runs: reproduced where its 95 % interval is on the claim's side of zero, not reproduced where it is on "
+        "the other, inconclusive where it spans zero."
+    )
+    if facts:
+        said += f" {facts} {'is a fact' if facts == 1 else 'are facts'}, such as a count, without an interval: "
+        said += "reproduced where it holds in every run, else not reproduced."
+    return said
 
 
 def _read(path: Path) -> str:

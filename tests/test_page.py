@@ -314,6 +314,34 @@ def test_a_choice_made_before_a_study_is_shown_but_is_no_result(small):
     assert "No study of SparseViT is published yet" in found.text
 
 
+def test_a_table_is_captioned_with_the_command_that_its_text_names_and_never_with_another(small):
+    folder = small / "results" / "sparsevit" / "vit_b16_224"
+    folder.mkdir(parents=True)
+    made, table = "python -m sparsevit.latency nets --batch 1", "| network | ms |\n| --- | --- |\n| dense | 1 |\n"
+    (folder / "latency.md").write_text(f"A CPU. `{made}`.\n\n{table}")
+    assert f"<figcaption>Made by <code>{made}</code></figcaption>" in report.build(small)
+    (folder / "latency.md").write_text(f"A CPU. `make reproduce`.\n\n{table}")
+    assert "<figcaption>Its command is not recorded.</figcaption>" in report.build(small)
+
+
+def test_the_page_says_how_comparisons_and_facts_are_judged_and_how_many_there_are(page):
+    rows = recompute.table_of(REPOSITORY / "results" / "papers.md")[1:]
+    compared = sum("±" in row[3] for row in rows)
+    assert f"{len(rows)} claims. {compared} are comparisons, judged by a difference over n seeds" in page.text
+    left = len(rows) - compared - sum(row[-1] == "not run at this scale" for row in rows)
+    assert (f"{left} are facts, such as a count, without an interval" in page.text) == (left > 1)
+    fact, other = ["p", "c", "-", "640", "5", "reproduced"], ["p", "c", "-", "-", "0", "not run at this scale"]
+    assert "1 claims. 0 are comparisons" in report._judged([other])
+    assert "fact" not in report._judged([other])
+    assert " 1 is a fact, such as a count, without an interval" in report._judged([fact, other])
+
+
+def test_the_page_says_where_its_words_are_from(page, text):
+    assert "READMEs" in text.partition("<footer>")[2]
+    told = (REPOSITORY / "README.md").read_text().split("\n\n")[1].replace("\n", " ")
+    assert told in " ".join(page.text.split())  # it does take words from there
+
+
 def test_papers_with_results_come_first_in_the_order_of_the_readme(small):
     (small / "results" / "fedloge").rename(small / "results" / "mdcs")
     assert [x["id"] for tag, x in read(report.build(small)).tags if tag == "section" and x.get("class") == "paper"] == [
