@@ -174,6 +174,12 @@ def code_lines(path: Path) -> int:
     return len(lines)
 
 
+def test_mypy_reads_every_package_and_every_script_of_the_results():
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert settings["packages"] == ["shared", *PACKAGES]
+    assert settings["modules"] == sorted(path.stem for path in (REPOSITORY / "results").glob("*.py"))
+
+
 def test_shared_is_thin():
     assert sum(code_lines(path) for path in (REPOSITORY / "shared").glob("*.py")) <= MAX_SHARED_LINES
 
