@@ -57,7 +57,7 @@ bench: setup ## speed and memory, as ratios in one run
 	$(BIN)/python benchmarks/lightcnn_latency.py
 	$(BIN)/python benchmarks/sparsevit_step.py
 
-tables: setup ## write the READMEs' tables anew from results/
+tables: setup ## write the studies' texts and the READMEs' tables anew from results/
 	$(BIN)/python results/tables.py
 
 report: setup ## one page of all results, results/report/index.html

@@ -1,8 +1,9 @@
 """The tables of the READMEs, generated from the published results: `python results/tables.py`.
 
-Writes `results/papers.md` (the headline claims of all studies) and `results/overview.md` (a line a paper), then what
-stands between `<!-- begin FILE -->` and `<!-- end FILE -->` in every README. With `--check` it writes nothing and only
-says what is stale.
+Writes the texts of every study from its rows (where a claim has been worded anew, say), `results/papers.md` (the
+headline claims of all studies) and `results/overview.md` (a line a paper), then what stands between
+`<!-- begin FILE -->` and `<!-- end FILE -->` in every README. With `--check` it writes nothing and only says what is
+stale.
 """
 
 import argparse
@@ -11,12 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recompute import table_of
+from recompute import Study, table_of, text_of
 
 from shared.checkpoint import atomic_write
 from shared.cli import run_main
 from shared.errors import DataError
-from shared.report import markdown
+from shared.report import markdown, read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Of each paper: its name, what is asked of it in one line, and the study and claim that answer it.
@@ -29,6 +30,12 @@ MAIN = {
 }  # fmt: skip
 VERDICTS = ("reproduced", "inconclusive", "not reproduced")
 MARKER = re.compile(r"<!-- begin (?P<source>[\w./-]+) -->\n.*?<!-- end (?P=source) -->", re.DOTALL)
+
+
+def study_texts(results: Path) -> dict[Path, str]:
+    """Of every published study its files, and what its rows give for each; the wording of a claim may have changed."""
+    studies = (Study(path.parent, read_rows(path)) for path in sorted(results.glob("*/*/results.csv")))
+    return {study.folder / name: text for study in studies if not study.single for name, text in study.texts().items()}
 
 
 def papers_table(results: Path) -> str:
@@ -75,6 +82,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--check", action="store_true", help="only say which are stale; exit code 1 if any is")
     check = parser.parse_args(arguments).check
     results, stale = REPOSITORY / "results", list[str]()
+    for path, wanted in study_texts(results).items():  # first: the tables of all papers are made of them
+        if text_of(path) != wanted:
+            stale.append(path.relative_to(REPOSITORY).as_posix())
+            if not check:
+                atomic_write(path, wanted.encode())
     fresh = {"results/papers.md": papers_table(results), "results/overview.md": overview_table(results)}
     readmes = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("*/README.md"))]
     for path in [*(REPOSITORY / name for name in fresh), *readmes]:

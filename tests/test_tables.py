@@ -1,6 +1,7 @@
 """The generated tables of the READMEs."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -54,6 +55,23 @@ def test_check_says_what_is_stale_and_writes_nothing_and_the_command_mends_it(tm
     (tmp_path / "t.md").unlink()
     assert run_main(tables.main, ["--check"]) == 2
     assert capsys.readouterr().err.startswith("error: t.md: cannot be read")
+
+
+def test_the_texts_of_a_study_are_written_from_its_rows_before_the_tables_of_all_papers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(tables, "overview_table", lambda results: "")
+    study = tmp_path / "results" / "mdcs" / "cifar10_lt_if100_cpu"
+    shutil.copytree(SCRIPT.parent / "mdcs" / study.name, study)
+    (tmp_path / "README.md").write_text("")
+    texts = {path: path.read_text() for path in study.glob("*.md")}
+    for path in texts:
+        path.write_text(path.read_text().replace("head expert", "first expert"))
+    assert run_main(tables.main, ["--check"]) == 1
+    named = ("claims.md", "summary.md", "papers.md")
+    assert [Path(line).name for line in capsys.readouterr().out.splitlines()] == list(named)
+    assert run_main(tables.main, []) == 0
+    assert {path: path.read_text() for path in texts} == texts
+    assert (tmp_path / "results" / "papers.md").read_text() == (study / "summary.md").read_text()
 
 
 @pytest.mark.parametrize("argument", ["--chek", "README.md", "--help"])
