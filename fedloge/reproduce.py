@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.cli import check_shared, check_study, find_config, publish, run_main, shown, study_parser
+from shared.cli import check_shared, check_study, find_config, run_main, shown, study_parser
+from shared.publish import publish
 
 if TYPE_CHECKING:
     from shared.report import Report, Row
@@ -146,11 +147,12 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     for name in [asked.config] if asked.config else plan.configs:
         path = find_config(name, "fedloge")
         jobs = jobs_of(path, methods, asked.seeds or plan.seeds, asked.out)
-        failed += run_study("fedloge.train", path.stem, jobs, asked.workers)
+        some = run_study("fedloge.train", path.stem, jobs, asked.workers)
+        failed += some
         folder = asked.out / "fedloge" / f"report-{path.stem}{'-partial' if partial else ''}"
         report(path, methods, jobs, plan.statistics, folder, command_line("fedloge.reproduce", arguments))
         if asked.publish:
-            publish(folder, "fedloge", path.stem)
+            publish(folder, "fedloge", path.stem, jobs, some)
     return 1 if failed else 0
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.cli import check_shared, check_study, find_config, publish, run_main, shown, study_parser
+from shared.cli import check_shared, check_study, find_config, run_main, shown, study_parser
 from shared.errors import ConfigError
+from shared.publish import publish
 
 if TYPE_CHECKING:
     from lightcnn.config import Config
@@ -195,16 +196,16 @@ def check_arms(path: Path) -> Path:
 
 def reproduce_budget(asked: argparse.Namespace, scale: str, command: str) -> int:
     """The budget study of a scale's configurations, or of the one that was asked for."""
-    from lightcnn.study import configs_of, run_budget
+    from lightcnn.study import TEACHER, configs_of, run_budget
 
     if asked.methods or (asked.publish and asked.seeds):
         raise ConfigError("--study budget: leave --methods out, and --seeds where it is published")
     failed = 0
     for path in configs_of(scale, asked.config):
-        folder, some = run_budget(path, asked.out, asked.workers, asked.seeds, command)
+        folder, jobs, some = run_budget(path, asked.out, asked.workers, asked.seeds, command)
         failed += some
         if asked.publish:
-            publish(folder, "lightcnn", path.stem)
+            publish(folder, "lightcnn", path.stem, jobs, some, few_seeds={TEACHER})
     return 1 if failed else 0
 
 
@@ -230,19 +231,20 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     partial = check_study(asked, METHODS)
     parts = chosen_slices(asked, scale)
     jobs: dict[Path, list[Job]] = {}
-    failed = 0
+    failed: dict[Path, int] = {}
     for part in parts:
         path = find_config(part.config, "lightcnn")
         own = jobs_of(part, path, asked.out)
         jobs.setdefault(path, []).extend(own)
-        failed += run_study("lightcnn.train", f"{path.stem}, {part.seeds} seeds a run", own, asked.workers)
+        some = run_study("lightcnn.train", f"{path.stem}, {part.seeds} seeds a run", own, asked.workers)
+        failed[path] = failed.get(path, 0) + some
     for path, own in jobs.items():
         folder = asked.out / "lightcnn" / f"report-{path.stem}{'-partial' if partial else ''}"
         statistics = path.stem not in WITHOUT_STATISTICS
         report(path, own, statistics, folder, command_line("lightcnn.reproduce", arguments))
         if asked.publish:
-            publish(folder, "lightcnn", path.stem)
-    return 1 if failed else 0
+            publish(folder, "lightcnn", path.stem, own, failed[path])
+    return 1 if any(failed.values()) else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

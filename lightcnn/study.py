@@ -99,8 +99,8 @@ def method_of(config: Config) -> BudgetConfig:
     return config.method
 
 
-def run_budget(path: Path, out: Path, workers: int, seeds: int | None, command: str) -> tuple[Path, int]:
-    """The teacher, then all rungs, then the report; returns its folder and how many runs failed."""
+def run_budget(path: Path, out: Path, workers: int, seeds: int | None, command: str) -> tuple[Path, list[Job], int]:
+    """The teacher, then all rungs, then the report; returns its folder, the runs and how many failed."""
     config = load(path, Config)
     teacher = teacher_job(path, config, out)
     jobs = jobs_of(path, config, teacher.folder, out, seeds)
@@ -111,7 +111,7 @@ def run_budget(path: Path, out: Path, workers: int, seeds: int | None, command: 
         raise ConfigError("no run of the study has finished; the lines above say why")
     folder = out / "lightcnn" / f"report-{path.stem}{'-partial' if seeds else ''}"
     report(path, done, folder, command)
-    return folder, sum(outcome.code != 0 for outcome in outcomes.values())
+    return folder, [teacher, *jobs], sum(outcome.code != 0 for outcome in outcomes.values())
 
 
 def report_of(path: Path, rows: "Sequence[Row]", data: Mapping[str, Any], command: str) -> shared_report.Report:

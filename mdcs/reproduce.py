@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.cli import check_shared, check_study, find_config, publish, run_main, shown, study_parser
+from shared.cli import check_shared, check_study, find_config, run_main, shown, study_parser
 from shared.errors import ConfigError
+from shared.publish import publish
 
 if TYPE_CHECKING:
     from mdcs.study import Arms
@@ -240,11 +241,12 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     failed = 0
     for study in planned(asked):
         stem, jobs = study.config_path.stem, jobs_of(study)
-        failed += run_study("mdcs.train", stem, jobs, asked.workers)
+        some = run_study("mdcs.train", stem, jobs, asked.workers)
+        failed += some
         report(study, jobs, command_line("mdcs.reproduce", arguments))
         if asked.publish:
             name = stem if study.name == "main" else f"{stem}_{study.name}"
-            publish(study.report_folder, "mdcs", name)
+            publish(study.report_folder, "mdcs", name, jobs, some)
     return 1 if failed else 0
 
 

@@ -3,7 +3,6 @@
 import argparse
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -117,7 +116,7 @@ def study_parser(package: str, description: str, unit: str = "methods") -> argpa
     parser.add_argument("--seeds", type=int, help="number of seeds instead of the scale's own")
     parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one a core)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="runs and report go below it (runs)")
-    parser.add_argument("--publish", action="store_true", help=f"copy the report to results/{package}/<config>")
+    parser.add_argument("--publish", action="store_true", help=f"put the report into results/{package}/<config>")
     return parser
 
 
@@ -137,11 +136,6 @@ def shown(path: Path) -> str:
     """A path from the repository, so that the recorded command works for others."""
     path = path.resolve()
     return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else str(path)
-
-
-def publish(folder: Path, package: str, name: str) -> None:
-    """Copy a report to where the READMEs' tables are made from."""
-    shutil.copytree(folder, REPOSITORY / "results" / package / name, dirs_exist_ok=True)
 
 
 def find_config(name: str, package: str) -> Path:

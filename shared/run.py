@@ -246,9 +246,11 @@ def read_metrics(folder: Path, event: str) -> list[dict[str, Any]]:
 
 
 def environment(command: str) -> dict[str, Any]:
-    """Where a run was made: commit, versions, command."""
+    """Where a run was made: commit, whether something is in no commit (None: not known), versions, command."""
+    # What a study of the same command has just published changes no run.
+    changed = _git("status", "--porcelain", "--", ".", ":!results")
     return {
-        "commit": _git("rev-parse", "HEAD") or "unknown", "dirty": bool(_git("status", "--porcelain")),
+        "commit": _git("rev-parse", "HEAD") or "unknown", "dirty": None if changed is None else bool(changed),
         "python": platform.python_version(), "torch": torch.__version__, "system": platform.platform(),
         "command": command, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
@@ -269,8 +271,8 @@ def state_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _git(*arguments: str) -> str:
+def _git(*arguments: str) -> str | None:
     command = ["git", "-C", str(Path(__file__).resolve().parents[1]), *arguments]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=10).decode().strip()
-    return ""
+    return None

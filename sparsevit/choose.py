@@ -162,8 +162,10 @@ def text_of(lines: Sequence[Line]) -> str:
 
 
 def choose(path: Path, shown_path: str, out: Path, workers: int, command: str,
-           grid: Mapping[str, tuple[float, ...]] = GRID) -> Path:  # fmt: skip
-    """Train all candidates of a configuration, print the table and the choice, and write them to the folder returned.
+           grid: Mapping[str, tuple[float, ...]] = GRID) -> tuple[Path, list[Job]]:  # fmt: skip
+    """Train all candidates of a configuration, print the table and the choice, and write both.
+
+    Returns their folder, and the runs.
 
     Raises:
         ConfigError: no images are held out, or a run that the choice needs did not finish.
@@ -184,4 +186,4 @@ def choose(path: Path, shown_path: str, out: Path, workers: int, command: str,
     atomic_write(folder / "choice.md", text_of(lines).encode())
     show(f"{path.stem}: held-out accuracy of unpruned networks", table(lines))
     print("\n".join([*sentences(lines), f"report in {folder}"]))
-    return folder
+    return folder, list(jobs.values())

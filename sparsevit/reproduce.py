@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared.cli import check_shared, check_study, find_config, publish, run_main, shown, study_parser
+from shared.cli import check_shared, check_study, find_config, run_main, shown, study_parser
 from shared.errors import ConfigError
+from shared.publish import publish
 
 if TYPE_CHECKING:
     from shared.study import Job
@@ -138,11 +139,12 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     for name in [asked.config] if asked.config else plan.configs:
         path = find_config(name, "sparsevit")
         jobs = jobs_of(path, plan.methods, plan.seeds, asked.out)
-        failed += run_study("sparsevit.train", path.stem, jobs, asked.workers)
+        some = run_study("sparsevit.train", path.stem, jobs, asked.workers)
+        failed += some
         folder = asked.out / "sparsevit" / f"report-{path.stem}{'-partial' if partial else ''}"
         report(path, plan, jobs, folder, command_line("sparsevit.reproduce", arguments))
         if asked.publish:
-            publish(folder, "sparsevit", path.stem)
+            publish(folder, "sparsevit", path.stem, jobs, some)
     return 1 if failed else 0
 
 
@@ -155,9 +157,9 @@ def run_choice(asked: argparse.Namespace, plan: Plan) -> int:
         raise ConfigError("--study choose: has arms and seeds of its own; leave --methods and --seeds out")
     name = asked.config or plan.configs[0]
     path, what = find_config(name, "sparsevit"), ["--config", name, "--study", "choose"]
-    folder = choose(path, shown(path), asked.out, asked.workers, command_line("sparsevit.reproduce", what))
+    folder, jobs = choose(path, shown(path), asked.out, asked.workers, command_line("sparsevit.reproduce", what))
     if asked.publish:
-        publish(folder, "sparsevit", f"{path.stem}_choice")
+        publish(folder, "sparsevit", f"{path.stem}_choice", jobs, failed=0)
     return 0
 
 

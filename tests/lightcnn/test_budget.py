@@ -1,5 +1,6 @@
 """The budget track: networks as layouts, the student's loss, the teacher, and the ladder of ingredients."""
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -12,12 +13,13 @@ from lightcnn.baselines import BnGap, ImageShape
 from lightcnn.budget import LayoutNet, Recipe, recipe_losses, teacher_logits
 from lightcnn.config import Config
 from lightcnn.reproduce import main
-from lightcnn.study import CONVOLUTIONS, RUNGS, jobs_of, overrides_of, teacher_job
+from lightcnn.study import CONVOLUTIONS, RUNGS, TEACHER, jobs_of, overrides_of, teacher_job
 from lightcnn.train import main as train_main
 from shared.checkpoint import load_model
 from shared.cli import find_config
 from shared.config import load
 from shared.errors import ConfigError, RunError
+from shared.study import Outcome
 
 GREY, COLOUR = ImageShape(1, 28, 10), ImageShape(3, 32, 10)
 LIMITS = {"budget_mnist": (GREY, 14_862), "budget_fashion_mnist": (GREY, 14_862), "budget_cifar10": (COLOUR, 19_622)}
@@ -149,3 +151,40 @@ def test_the_budget_study_runs_and_its_table_has_every_rung(tmp_path, capsys):
     assert "no more parameters" in capsys.readouterr().out
     assert (tmp_path / "lightcnn" / "report-budget_smoke-partial" / "results.csv").exists()
     assert (tmp_path / "lightcnn" / "report-budget_smoke-partial" / "plots" / "ladder.svg").exists()
+
+
+def test_the_one_teacher_does_not_keep_the_budget_study_from_being_published_and_a_rung_of_two_seeds_does(
+    tmp_path, monkeypatch, capsys
+):
+    def run_jobs(module, jobs, workers):
+        for job in jobs:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            if job.group == spoilt and job.seed == 2:
+                continue
+            figure = {"at": "final", "split": "test", "metric": "accuracy", "value": 0.5, "seed": job.seed}
+            results = {"paper": "lightcnn", "config": "budget_smoke", "method": "budget", "device": "-", "seconds": 1.0,
+                       "precision": "-", "commit": "c" * 40, "command": "-", "figures": [figure]}  # fmt: skip
+            (job.folder / "results.json").write_text(json.dumps(results))
+            (job.folder / "environment.json").write_text(json.dumps({"commit": "c" * 40, "dirty": False}))
+        return {job.name: Outcome(0, 0.1) for job in jobs}
+
+    def report(path, config, done, folder, command):
+        folder.mkdir(parents=True)
+        (folder / "methods.md").write_text("")
+
+    monkeypatch.setattr("lightcnn.study.run_jobs", run_jobs)
+    monkeypatch.setattr("lightcnn.study.report", report)
+    monkeypatch.setattr("shared.publish.REPOSITORY", tmp_path / "repository")
+    command = ["--study", "budget", "--scale", "smoke", "--publish", "--out"]
+    spoilt = "plain"
+    assert main([*command, str(tmp_path / "spoilt")]) == 2
+    assert "runs failed" in capsys.readouterr().err
+    spoilt = None
+    monkeypatch.setattr("lightcnn.study.SEEDS", 2)
+    assert main([*command, str(tmp_path / "few")]) == 2
+    assert "has 2 seeds" in capsys.readouterr().err
+    monkeypatch.setattr("lightcnn.study.SEEDS", 3)
+    assert not (tmp_path / "repository" / "results").exists()
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    assert (tmp_path / "repository" / "results" / "lightcnn" / "budget_smoke" / "methods.md").exists()
+    assert TEACHER not in [rung.name for rung in RUNGS]

@@ -561,8 +561,9 @@ def test_only_a_whole_study_is_published_and_under_its_configuration_s_name(
     tmp_path, tiny_yaml, in_this_process, monkeypatch
 ):
     monkeypatch.setattr("mdcs.plots.draw", nothing_drawn)
-    monkeypatch.setattr("shared.cli.REPOSITORY", tmp_path / "repository")
-    monkeypatch.setitem(PLANS, "smoke", Plan((str(tiny_yaml),), 1, statistics=False))
+    monkeypatch.setattr("shared.publish.REPOSITORY", tmp_path / "repository")
+    monkeypatch.setattr("shared.run._git", lambda what, *_: "c" * 40 if what == "rev-parse" else "")  # a clean commit
+    monkeypatch.setitem(PLANS, "smoke", Plan((str(tiny_yaml),), 3, statistics=False))
     monkeypatch.setattr("mdcs.study.SMOKE", {"ce": MAIN["ce"]})
     assert main(["--scale", "smoke", "--publish", "--out", str(tmp_path / "out")]) == 0
     published = tmp_path / "repository" / "results" / "mdcs" / "tiny"

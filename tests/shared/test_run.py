@@ -46,6 +46,22 @@ def test_a_new_run_has_its_configuration_and_environment_and_no_results(opened):
     assert opened.restore() is None
 
 
+def test_a_run_says_whether_its_code_is_in_a_commit_and_published_figures_are_no_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "__file__", str(tmp_path / "shared" / "run.py"))
+    assert (run_module.environment("-")["commit"], run_module.environment("-")["dirty"]) == ("unknown", None)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "code.py").write_text("1")
+    for words in (["init", "-q"], ["add", "code.py"], ["commit", "-q", "-m", "code"]):
+        subprocess.run([*git, *words], check=True)
+    made = run_module.environment("-")
+    assert (len(made["commit"]), made["dirty"]) == (40, False)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "results.csv").write_text("published a moment ago")
+    assert run_module.environment("-")["dirty"] is False
+    (tmp_path / "code.py").write_text("2")
+    assert run_module.environment("-")["dirty"] is True
+
+
 def test_the_same_configuration_opens_the_folder_again_and_another_is_refused_by_its_key(tmp_path):
     for _ in range(2):
         with Run(tmp_path / "run", Small(rate=0.25), "-"):

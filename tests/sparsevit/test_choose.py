@@ -106,7 +106,7 @@ def test_a_whole_choice_prints_its_table_and_writes_it(tiny_file, tmp_path, monk
         return {job.name: Outcome(train.main(job.arguments), 0.0) for job in jobs}
 
     monkeypatch.setattr(choose, "run_jobs", run_jobs)
-    folder = choose.choose(tiny_file, str(tiny_file), tmp_path / "runs", 1, "the command", SMALL)
+    folder, jobs = choose.choose(tiny_file, str(tiny_file), tmp_path / "runs", 1, "the command", SMALL)
     assert "held-out accuracy" in capsys.readouterr().out
     text = (folder / "choice.md").read_text()
     assert "seeds 100, 101, 102" in text
@@ -122,6 +122,7 @@ def test_a_whole_choice_prints_its_table_and_writes_it(tiny_file, tmp_path, monk
     assert text_of(lines) == text
     results = list((tmp_path / "runs" / "sparsevit").glob("*/results.json"))
     assert len(results) == 3 * 4
+    assert {job.folder for job in jobs} == {path.parent for path in results}
     for path in results:
         metrics = {row["metric"] for row in json.loads(path.read_text())["figures"]}
         assert [m for m in metrics if m.startswith(("global", "neurons.2", "heads"))] == []

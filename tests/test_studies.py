@@ -1,0 +1,110 @@
+"""What the four studies have in common: what `--publish` refuses, and that one configuration does not stop the next."""
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.study import Job, Outcome, finished
+
+COMMIT = "c" * 40
+PAPERS = ("fedloge", "mdcs", "lightcnn", "sparsevit")
+
+
+class Studies:
+    """The command of a package's study, whose runs and report are written at once."""
+
+    def __init__(self, package: str, place: Path, patch: pytest.MonkeyPatch) -> None:
+        self.module = importlib.import_module(f"{package}.reproduce")
+        self.package, self.place, self.patch, self.dirty, self.seeds = package, place, patch, False, 3
+        self.fails: Callable[[Job], bool] = lambda job: False
+        real = self.module.report
+
+        def report(*arguments: Any) -> None:
+            jobs = next(a for a in arguments if isinstance(a, list) and isinstance(a[0], Job))
+            if not any((job.folder / "results.json").exists() for job in jobs):
+                real(*arguments)
+            folder = next((a for a in arguments if isinstance(a, Path) and "report-" in a.name), None)
+            folder = folder or arguments[0].report_folder
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "methods.md").write_text(f"{len(finished(jobs))} of {len(jobs)}")
+
+        patch.setattr(self.module, "report", report)
+        patch.setattr("shared.study.run_jobs", self.run_jobs)
+        patch.setattr("shared.publish.REPOSITORY", place / "repository")
+        self.use("one")
+
+    def use(self, *names: str, seeds: int = 3) -> None:
+        """Let the scale smoke have these configurations, copies of `smoke`."""
+        paths = [self.place / f"{name}.yaml" for name in names]
+        for path in paths:
+            path.write_text((Path(__file__).parents[1] / self.package / "configs" / "smoke.yaml").read_text())
+        plan, self.seeds = self.module.PLANS["smoke"], seeds
+        if self.package == "lightcnn":
+            plan = tuple(self.module.Slice(str(path), plan[0].methods[:3], seeds) for path in paths)
+        else:
+            plan = replace(plan, configs=tuple(map(str, paths)), seeds=seeds)
+        self.patch.setitem(self.module.PLANS, "smoke", plan)
+
+    def run_jobs(self, module: str, jobs: Sequence[Job], workers: int) -> dict[str, Outcome]:
+        for job in jobs:
+            if not self.fails(job):
+                self.write(job)
+        return {job.name: Outcome(2 * self.fails(job), 0.1) for job in jobs}
+
+    def write(self, job: Job) -> None:
+        own = range(self.seeds) if self.package == "lightcnn" else [job.seed]
+        figure = {"at": "final", "split": "test", "metric": "accuracy", "value": 0.5}
+        results = {
+            "paper": self.package, "config": "c", "method": job.group, "device": "d", "precision": "float32",
+            "commit": COMMIT, "seconds": 1.0, "command": "-", "figures": [{**figure, "seed": seed} for seed in own],
+        }  # fmt: skip
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / "results.json").write_text(json.dumps(results))
+        (job.folder / "environment.json").write_text(json.dumps({"commit": COMMIT, "dirty": self.dirty}))
+
+    def main(self, *arguments: str) -> int:
+        return int(self.module.main(["--scale", "smoke", "--out", str(self.place / "runs"), *arguments]))
+
+    def published(self) -> set[str]:
+        return {path.name for path in (self.place / "repository").glob("results/*/*")}
+
+    def reports(self) -> set[str]:
+        return {path.name for path in (self.place / "runs" / self.package).glob("report-*")}
+
+
+@pytest.fixture(params=PAPERS)
+def studies(request, tmp_path, monkeypatch) -> Studies:
+    return Studies(request.param, tmp_path, monkeypatch)
+
+
+def refused(studies: Studies, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says that must not publish; its report stays."""
+    assert studies.main("--publish") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --publish: ")
+    assert error.count("\n") == 1
+    assert studies.published() == set()
+    assert studies.reports() == {"report-one"}
+    return error
+
+
+def test_a_whole_study_of_a_clean_commit_is_published(studies):
+    assert studies.main("--publish") == 0
+    assert studies.published() == {"one"}
+
+
+def test_what_may_not_be_published_is_refused_and_the_report_stays(studies, capsys):
+    studies.dirty = True
+    assert "was made with changes that are in no commit" in refused(studies, capsys)
+    studies.dirty = False
+    studies.use("one", seeds=2)
+    assert "has 2 seeds, and a published figure has at least 3" in refused(studies, capsys)
+    studies.use("one")
+    studies.main()
+    studies.fails = lambda job: job.group == "paper" or "-s0" in job.name  # their results are there
+    assert "runs failed" in refused(studies, capsys)
