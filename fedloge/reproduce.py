@@ -136,24 +136,25 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     check_shared(__file__)
     from fedloge.algorithm import METHODS
     from shared.run import command_line
-    from shared.study import choose_scale, run_study
+    from shared.study import choose_scale, run_configurations, run_study
 
     scale, why = choose_scale(asked.scale)
     print(why, flush=True)
     plan = plan_of(find_config(asked.config, "fedloge").stem) if asked.config else PLANS[scale]
     partial = check_study(asked, METHODS)
     methods = asked.methods or [name for name in METHODS if name not in plan.left_out]
-    failed = 0
-    for name in [asked.config] if asked.config else plan.configs:
+
+    def one(name: str) -> int:
         path = find_config(name, "fedloge")
         jobs = jobs_of(path, methods, asked.seeds or plan.seeds, asked.out)
-        some = run_study("fedloge.train", path.stem, jobs, asked.workers)
-        failed += some
+        failed = run_study("fedloge.train", path.stem, jobs, asked.workers)
         folder = asked.out / "fedloge" / f"report-{path.stem}{'-partial' if partial else ''}"
         report(path, methods, jobs, plan.statistics, folder, command_line("fedloge.reproduce", arguments))
         if asked.publish:
-            publish(folder, "fedloge", path.stem, jobs, some)
-    return 1 if failed else 0
+            publish(folder, "fedloge", path.stem, jobs, failed)
+        return failed
+
+    return 1 if run_configurations([asked.config] if asked.config else plan.configs, one) else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -197,16 +198,19 @@ def check_arms(path: Path) -> Path:
 def reproduce_budget(asked: argparse.Namespace, scale: str, command: str) -> int:
     """The budget study of a scale's configurations, or of the one that was asked for."""
     from lightcnn.study import TEACHER, configs_of, run_budget
+    from shared.study import run_configurations
 
     if asked.methods or (asked.publish and asked.seeds):
         raise ConfigError("--study budget: leave --methods out, and --seeds where it is published")
-    failed = 0
-    for path in configs_of(scale, asked.config):
-        folder, jobs, some = run_budget(path, asked.out, asked.workers, asked.seeds, command)
-        failed += some
+    paths = {path.stem: path for path in configs_of(scale, asked.config)}
+
+    def one(stem: str) -> int:
+        folder, jobs, failed = run_budget(paths[stem], asked.out, asked.workers, asked.seeds, command)
         if asked.publish:
-            publish(folder, "lightcnn", path.stem, jobs, some, few_seeds={TEACHER})
-    return 1 if failed else 0
+            publish(folder, "lightcnn", stem, jobs, failed, few_seeds={TEACHER})
+        return failed
+
+    return 1 if run_configurations(list(paths), one) else 0
 
 
 def run_reproduce(arguments: Sequence[str]) -> int:
@@ -222,7 +226,7 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     check_shared(__file__)
     from lightcnn.algorithm import METHODS
     from shared.run import command_line
-    from shared.study import choose_scale, run_study
+    from shared.study import choose_scale, run_configurations, run_study
 
     scale, why = choose_scale(asked.scale)
     print(why, flush=True)
@@ -230,21 +234,24 @@ def run_reproduce(arguments: Sequence[str]) -> int:
         return reproduce_budget(asked, scale, command_line("lightcnn.reproduce", arguments))
     partial = check_study(asked, METHODS)
     parts = chosen_slices(asked, scale)
-    jobs: dict[Path, list[Job]] = {}
-    failed: dict[Path, int] = {}
+    paths, failed = dict[str, Path](), Counter[str]()
+    jobs: dict[str, list[Job]] = {}
     for part in parts:
         path = find_config(part.config, "lightcnn")
-        own = jobs_of(part, path, asked.out)
-        jobs.setdefault(path, []).extend(own)
-        some = run_study("lightcnn.train", f"{path.stem}, {part.seeds} seeds a run", own, asked.workers)
-        failed[path] = failed.get(path, 0) + some
-    for path, own in jobs.items():
+        own, paths[path.stem] = jobs_of(part, path, asked.out), path
+        jobs.setdefault(path.stem, []).extend(own)
+        failed[path.stem] += run_study("lightcnn.train", f"{path.stem}, {part.seeds} seeds a run", own, asked.workers)
+
+    def one(stem: str) -> int:
+        path, own = paths[stem], jobs[stem]
         folder = asked.out / "lightcnn" / f"report-{path.stem}{'-partial' if partial else ''}"
         statistics = path.stem not in WITHOUT_STATISTICS
         report(path, own, statistics, folder, command_line("lightcnn.reproduce", arguments))
         if asked.publish:
-            publish(folder, "lightcnn", path.stem, own, failed[path])
-    return 1 if any(failed.values()) else 0
+            publish(folder, "lightcnn", stem, own, failed[stem])
+        return failed[stem]
+
+    return 1 if run_configurations(list(jobs), one) else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from shared.config import load
 from shared.errors import ConfigError
 from shared.metrics import paired_difference
 from shared.run import folder_name, read_results
-from shared.study import Job, run_jobs
+from shared.study import Job, finished, run_jobs
 
 if TYPE_CHECKING:
     from shared.report import Row
@@ -106,9 +106,7 @@ def run_budget(path: Path, out: Path, workers: int, seeds: int | None, command: 
     jobs = jobs_of(path, config, teacher.folder, out, seeds)
     print(f"{path.stem}: a teacher, then {len(jobs)} runs of {len(RUNGS)} rungs", flush=True)
     outcomes = run_jobs("lightcnn.train", [teacher], workers) | run_jobs("lightcnn.train", jobs, workers)
-    done = [job for job in (teacher, *jobs) if (job.folder / "results.json").exists()]
-    if not done:
-        raise ConfigError("no run of the study has finished; the lines above say why")
+    done = finished([teacher, *jobs])
     folder = out / "lightcnn" / f"report-{path.stem}{'-partial' if seeds else ''}"
     report(path, done, folder, command)
     return folder, [teacher, *jobs], sum(outcome.code != 0 for outcome in outcomes.values())

@@ -236,18 +236,20 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     asked = parser().parse_args(arguments)
     check_shared(__file__)
     from shared.run import command_line
-    from shared.study import run_study
+    from shared.study import run_configurations, run_study
 
-    failed = 0
-    for study in planned(asked):
-        stem, jobs = study.config_path.stem, jobs_of(study)
-        some = run_study("mdcs.train", stem, jobs, asked.workers)
-        failed += some
+    studies = {study.config_path.stem: study for study in planned(asked)}
+
+    def one(stem: str) -> int:
+        study, jobs = studies[stem], jobs_of(studies[stem])
+        failed = run_study("mdcs.train", stem, jobs, asked.workers)
         report(study, jobs, command_line("mdcs.reproduce", arguments))
         if asked.publish:
             name = stem if study.name == "main" else f"{stem}_{study.name}"
-            publish(study.report_folder, "mdcs", name, jobs, some)
-    return 1 if failed else 0
+            publish(study.report_folder, "mdcs", name, jobs, failed)
+        return failed
+
+    return 1 if run_configurations(list(studies), one) else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

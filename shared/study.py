@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, RunError, UserError
 
 POLL_SECONDS = 0.2
 PROGRESS = "progress.json"
@@ -115,11 +115,28 @@ def run_study(module: str, name: str, jobs: Sequence[Job], workers: int) -> int:
     return failed
 
 
+def run_configurations(names: Sequence[str], one: Callable[[str], int]) -> int:
+    """Run the study of each configuration, and report it; returns how many failures `one` counted in all.
+
+    A configuration that cannot be reported or published is one more and does not stop the next; a single one raises.
+    """
+    failed = 0
+    for name in names:
+        try:
+            failed += one(name)
+        except UserError as error:
+            if len(names) == 1 or isinstance(error, ConfigError):  # a wrong argument is as wrong for the next
+                raise
+            print(f"failed: {name}: {error}", file=sys.stderr, flush=True)
+            failed += 1
+    return failed
+
+
 def finished(jobs: Sequence[Job]) -> list[Job]:
-    """Those that have results; ConfigError if there are none."""
+    """Those that have results; RunError if there are none."""
     done = [job for job in jobs if (job.folder / "results.json").exists()]
     if not done:
-        raise ConfigError("no run of the study has finished; the lines above say why")
+        raise RunError("no run of the study has finished; the lines above say why")
     return done
 
 

@@ -125,7 +125,7 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     check_shared(__file__)
     from shared.run import command_line
-    from shared.study import choose_scale, run_study
+    from shared.study import choose_scale, run_configurations, run_study
     from sparsevit.config import METHODS
 
     scale, why = choose_scale(asked.scale)
@@ -135,17 +135,18 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     plan = Plan(plan.configs, tuple(asked.methods or plan.methods), asked.seeds or plan.seeds, plan.statistics)
     if asked.study == "choose":
         return run_choice(asked, plan)
-    failed = 0
-    for name in [asked.config] if asked.config else plan.configs:
+
+    def one(name: str) -> int:
         path = find_config(name, "sparsevit")
         jobs = jobs_of(path, plan.methods, plan.seeds, asked.out)
-        some = run_study("sparsevit.train", path.stem, jobs, asked.workers)
-        failed += some
+        failed = run_study("sparsevit.train", path.stem, jobs, asked.workers)
         folder = asked.out / "sparsevit" / f"report-{path.stem}{'-partial' if partial else ''}"
         report(path, plan, jobs, folder, command_line("sparsevit.reproduce", arguments))
         if asked.publish:
-            publish(folder, "sparsevit", path.stem, jobs, some)
-    return 1 if failed else 0
+            publish(folder, "sparsevit", path.stem, jobs, failed)
+        return failed
+
+    return 1 if run_configurations([asked.config] if asked.config else plan.configs, one) else 0
 
 
 def run_choice(asked: argparse.Namespace, plan: Plan) -> int:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from shared.study import Job, Outcome, finished
+from shared.study import run_jobs as really_run_jobs
 
 COMMIT = "c" * 40
 PAPERS = ("fedloge", "mdcs", "lightcnn", "sparsevit")
@@ -108,3 +110,38 @@ def test_what_may_not_be_published_is_refused_and_the_report_stays(studies, caps
     studies.main()
     studies.fails = lambda job: job.group == "paper" or "-s0" in job.name  # their results are there
     assert "runs failed" in refused(studies, capsys)
+
+
+def test_a_configuration_without_a_finished_run_does_not_stop_the_next(studies, capsys):
+    studies.use("absent", "there")
+    studies.fails = lambda job: job.name.startswith("absent-")
+    assert studies.main("--publish") == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert re.search(r"[ /]absent(\.yaml)?: no run of the study has finished; the lines above say why$", said)
+    assert studies.reports() == {"report-there"}
+    assert studies.published() == {"there"}
+
+
+def test_a_configuration_that_may_not_be_published_does_not_stop_the_next(studies, capsys):
+    studies.use("part", "whole")
+    studies.fails = lambda job: job.name.startswith("part-") and "-s1" in job.name
+    if studies.package == "lightcnn":  # all its seeds are one run
+        studies.fails = lambda job: job.name.startswith("part-") and job.group != "two_stage"
+    assert studies.main("--publish") == 1
+    assert re.search(r"^failed: .*part(\.yaml)?: --publish: ", capsys.readouterr().err, re.MULTILINE)
+    assert studies.reports() == {"report-part", "report-whole"}
+    assert studies.published() == {"whole"}
+
+
+def test_the_only_configuration_without_a_finished_run_is_one_line_and_exit_code_2(studies, capsys):
+    studies.fails = lambda job: True
+    assert studies.main() == 2
+    assert capsys.readouterr().err == "error: no run of the study has finished; the lines above say why\n"
+    assert studies.reports() == set()
+
+
+def test_a_wrong_argument_is_not_told_once_a_configuration(studies, capsys, monkeypatch):
+    studies.use("first", "second")
+    monkeypatch.setattr("shared.study.run_jobs", really_run_jobs)
+    assert studies.main("--workers", "-1") == 2
+    assert capsys.readouterr().err == "error: --workers -1: give the number of runs side by side, or 0 for one a core\n"

@@ -32,7 +32,7 @@ from shared.checkpoint import load_model, save_model
 from shared.claims import Comparison, Fact, judge
 from shared.cli import find_config
 from shared.config import dump, load
-from shared.errors import ConfigError
+from shared.errors import ConfigError, RunError
 from shared.study import Job, Outcome
 
 PICTURES = ("arms", "accuracy_by_class", "groups_by_epoch", "confident_by_epoch", "reliability")
@@ -330,7 +330,7 @@ def test_runs_that_have_not_finished_are_left_out(tmp_path, tiny_yaml, trained):
 
 def test_a_study_of_which_nothing_finished_says_so(tmp_path, tiny_yaml):
     study = study_of(tiny_yaml, tmp_path)
-    with pytest.raises(ConfigError, match="no run of the study has finished"):
+    with pytest.raises(RunError, match="no run of the study has finished"):
         collect(study, jobs_of(study), "")
 
 
