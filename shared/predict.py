@@ -18,6 +18,7 @@ from shared.export import Build, Options, Portable, load_exported, parser_of
 from shared.gpu import setup
 
 TOP, AT_ONCE = 5, 64
+DECODING = Exception  # a decoder that meets damaged bytes raises what it likes: RuntimeError, EOFError, struct.error
 
 
 def predict_command(
@@ -67,21 +68,20 @@ def check_image(path: Path) -> None:
     """DataError if there is no such file or it does not begin as a picture does; reads its first bytes only."""
     from PIL import Image
 
-    with one_line_errors(path):
+    with one_line_errors(path, DECODING):
         Image.open(path).close()
 
 
 @contextmanager
-def one_line_errors(path: Path) -> Iterator[None]:
+def one_line_errors(path: Path, kind: type[Exception]) -> Iterator[None]:
     """DataError for what goes wrong while a picture file is read."""
-    from PIL import Image
-
     try:
         yield
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: is not a picture that can be read ({str(error).splitlines()[0]})") from None
+    except kind as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise DataError(f"{path}: is not a picture that can be read ({reason})") from None
 
 
 def read_image(path: Path, channels: int, size: int, preparation: Mapping[str, Any]) -> Tensor:
@@ -95,8 +95,9 @@ def read_image(path: Path, channels: int, size: int, preparation: Mapping[str, A
     """
     from PIL import Image, ImageOps
 
-    with one_line_errors(path), Image.open(path) as opened:
+    with one_line_errors(path, DECODING), Image.open(path) as opened:
         image: Image.Image = ImageOps.exif_transpose(opened)
+    with one_line_errors(path, ValueError):  # a mode that has no grey or colours
         if image.mode.startswith(("I", "F")):  # more than 8 bits, which PIL would cut off at 255
             pixels = np.asarray(image)
             if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:

@@ -1,5 +1,7 @@
 """Picture files of any size and mode become what a network takes; what is no picture is refused in one line."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,47 @@ def test_what_is_no_picture_is_refused_in_one_line(tmp_path):
             read_image(tmp_path / name, 1, 8, AS_IT_IS)
         assert str(refused.value).startswith(f"{tmp_path / name}: ")
         assert "\n" not in str(refused.value)
+
+
+def of_another_kind(tmp_path):
+    """Files that a decoder refuses with an error of its own kind: name -> how it puts it."""
+    avif = saved(tmp_path, Image.fromarray(COLOUR), "no_item.avif")
+    avif.write_bytes(avif.read_bytes().replace(b"iloc", b"xloc"))
+    dds = saved(tmp_path, Image.fromarray(COLOUR), "no_format.dds")
+    dds.write_bytes(dds.read_bytes()[:80] + (128).to_bytes(4, "little") + dds.read_bytes()[84:])
+    return {avif: "Missing or empty image item", dds: "Unknown pixel format flags 128"}
+
+
+def test_whatever_a_decoder_raises_is_one_line_that_names_the_file(tmp_path, monkeypatch):
+    for path, reason in of_another_kind(tmp_path).items():
+        for read in (check_image, lambda path: read_image(path, 3, 8, AS_IT_IS)):
+            with pytest.raises(DataError, match=reason) as refused:
+                read(path)
+            assert str(refused.value).startswith(f"{path}: is not a picture that can be read (")
+    path = saved(tmp_path, Image.fromarray(COLOUR))
+    for error, reason in ((EOFError(), "EOFError"), (struct.error("short\nof bytes"), "short"), (KeyError(""), "''")):
+
+        def failing(opened, error=error):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr("PIL.ImageOps.exif_transpose", failing)
+            with pytest.raises(DataError) as refused:
+                read_image(path, 3, 8, AS_IT_IS)
+        assert str(refused.value) == f"{path}: is not a picture that can be read ({reason})"
+
+
+def test_a_defect_of_ours_is_not_taken_for_a_damaged_picture(tmp_path, monkeypatch):
+    path = saved(tmp_path, Image.fromarray(GREY.astype(np.int32)), "picture.tiff")
+
+    def wrong(*_, **__):
+        raise RuntimeError("ours")
+
+    for name in ("numpy.asarray", "PIL.Image.Image.convert", "PIL.ImageOps.fit"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, wrong)
+            with pytest.raises(RuntimeError, match="ours"):
+                read_image(path, 1, 8, AS_IT_IS)
 
 
 def test_a_wrong_picture_is_told_before_the_network_is_looked_for(tmp_path):
