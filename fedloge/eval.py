@@ -259,7 +259,7 @@ def run_eval(arguments: Sequence[str]) -> int:
     """The command: 0 if every figure of the last round is what the run reported, 1 if not."""
     asked = eval_parser("fedloge", __doc__).parse_args(arguments)
     check_shared(__file__)
-    results = read_run(asked.run, "fedloge")
+    results = read_run(asked.run, "fedloge", data={"digests": dict})
     config = load(asked.run / "config.yaml", Config)
     device = setup(asked.device if asked.device != "auto" else config.device, config.threads)
     problem = load_problem(config, device)

@@ -21,6 +21,7 @@ from shared.run import read_run
 
 PAPER = "Xiao et al., FedLoGe: Joint Local and Generic Federated Learning under Long-tailed Data, ICLR 2024"
 CPU = torch.device("cpu")
+FACTS = {"images": int, "class_counts": list[int], "client_sizes": list[int], "local_test_sizes": list[int]}
 
 
 class Classifier(nn.Module):
@@ -48,7 +49,9 @@ def take(asked: argparse.Namespace) -> Portable:
     Raises:
         ConfigError: there is no such model in the run.
     """
-    results, config = read_run(asked.run, "fedloge"), load(asked.run / "config.yaml", Config)
+    own = {"details": {"personal.clients": list[float]}} if asked.client is not None else {}
+    results = read_run(asked.run, "fedloge", data=FACTS, **own)
+    config = load(asked.run / "config.yaml", Config)
     data, facts, classes = config.data, results["data"], load_model(asked.run / "model")[1]["classes"]
     side = data.image_size or source_of(data.name)["side"]
     counts = torch.zeros(config.clients.count, len(classes), dtype=torch.int64)

@@ -232,7 +232,7 @@ def open_run(folder: Path, problem: Problem) -> Finished:
     Raises:
         CheckpointError, RunError: it is missing, unfinished or damaged, or was trained on other images.
     """
-    results = read_run(folder, "lightcnn")
+    results = read_run(folder, "lightcnn", data={"train_digest": str})
     if results["data"]["train_digest"] != problem.digest:
         raise RunError(f"{folder}: was not trained on this run's images and split; train it anew")
     config = load(folder / "config.yaml", Config)
@@ -256,7 +256,7 @@ def run_eval(arguments: Sequence[str]) -> int:
     """The command: 0 if every figure is what the run reported, 1 if not."""
     asked = eval_parser("lightcnn", __doc__).parse_args(arguments)
     check_shared(__file__)
-    results = read_run(asked.run, "lightcnn")
+    results = read_run(asked.run, "lightcnn", data={"train_digest": str, "test_digest": str})
     config = load(asked.run / "config.yaml", Config)
     device = setup(asked.device if asked.device != "auto" else config.device, config.threads)
     problem, test = load_problem(config, device), load_test(config)

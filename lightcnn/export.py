@@ -38,7 +38,8 @@ def take(asked: argparse.Namespace) -> Portable:
         ConfigError: there is no such network in the run.
         CheckpointError: it is missing, damaged, or not that of the configuration.
     """
-    results, config = read_run(asked.run, "lightcnn"), load(asked.run / "config.yaml", Config)
+    results = read_run(asked.run, "lightcnn", data={"train_images": int, "validation_images": int})
+    config = load(asked.run / "config.yaml", Config)
     seed = config.seed if asked.seed is None else asked.seed
     folder = folder_of(asked.run / "model", seed, asked.fold)
     tensors, said = load_model(folder)

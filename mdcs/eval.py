@@ -134,14 +134,13 @@ def run_eval(arguments: Sequence[str]) -> int:
     """The command: 0 if every figure of the last epoch is what the run reported, 1 if not."""
     asked = eval_parser("mdcs", __doc__).parse_args(arguments)
     check_shared(__file__)
-    results = read_run(asked.run, "mdcs")
+    results = read_run(asked.run, "mdcs", data={"class_counts": list[int], "digests": dict})
     config = load(asked.run / "config.yaml", Config)
     device = setup(asked.device if asked.device != "auto" else config.device, config.threads)
     problem = load_problem(config, device)
-    stated_data = results.get("data") or {}
-    if list(problem.class_counts) != stated_data.get("class_counts"):
+    if list(problem.class_counts) != results["data"]["class_counts"]:
         raise RunError(f"{asked.run}: was trained on other class counts than the data has now; groups would be wrong")
-    if problem.digests != stated_data.get("digests"):
+    if problem.digests != results["data"]["digests"]:
         raise RunError(f"{asked.run}: the data is not what the run was trained on")
     model, epoch = load_network(asked.run, config, len(problem.classes), problem.channels, device)
     figures = evaluate(model, problem, config).figures

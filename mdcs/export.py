@@ -48,7 +48,8 @@ def take(asked: argparse.Namespace) -> Portable:
     Raises:
         ConfigError: there is no such expert.
     """
-    results, config = read_run(asked.run, "mdcs"), load(asked.run / "config.yaml", Config)
+    results = read_run(asked.run, "mdcs", data={"images": int, "class_counts": list[int]})
+    config = load(asked.run / "config.yaml", Config)
     data, facts, said = config.data, results["data"], load_model(asked.run / "model")[1]
     model, epoch = load_network(asked.run, config, len(said["classes"]), said["channels"], CPU)
     model = model.to(memory_format=torch.contiguous_format)  # which float32 wants on a CPU

@@ -85,13 +85,14 @@ def train_command(
     if asked.dry_run:
         dry_run(config)
         return 0
-    from shared.run import Run, command_line, folder_name
+    from shared.run import Run, command_line, folder_name, read_results
 
     method, seed = config.method, config.seed  # type: ignore[attr-defined]
     name = folder_name(path.stem, getattr(method, "name", method), seed, asked.overrides)
     folder = asked.resume or asked.out / package / name
     with Run(folder, config, command_line(f"{package}.train", arguments)) as run:
-        if results := run.results:
+        if run.results:
+            results = read_results(folder)
             print("already finished; nothing was trained")
         else:
             results = train(config, run, asked.previous)

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any, Generic, Self, TypeVar
 
 import torch
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from torch import Tensor
 
 from shared import checkpoint
@@ -95,7 +96,7 @@ class Run(Generic[C]):
     @property
     def results(self) -> dict[str, Any] | None:
         """What `finish` wrote, or None while the run is not finished."""
-        return read_results(self.folder) if (self.folder / "results.json").exists() else None
+        return _read_finished(self.folder) if (self.folder / "results.json").exists() else None
 
     @property
     def seconds(self) -> float:
@@ -190,13 +191,51 @@ def folder_name(config_name: str, method: str, seed: int, overrides: Iterable[st
     return f"{config_name}-{method}-s{seed}{digest}"
 
 
+class Figure(BaseModel):
+    """What each of a run's `figures` has, besides the seed where a run has several."""
+
+    at: str
+    split: str
+    metric: str
+    value: float | None
+
+
+class SeedFigure(Figure):
+    """A figure of a run of several seeds."""
+
+    seed: int
+
+
+WRITTEN = {"device": str, "precision": str, "commit": str, "command": str, "seconds": float}  # by `Run.finish`
+OF_A_RUN = {"config": str, "method": str, "model_digest": str}
+FINISH_AGAIN = "; delete it to make the run finish again"
+
+
 def read_results(folder: Path) -> dict[str, Any]:
-    """The results of a finished run; RunError if it is not finished or the file is damaged."""
-    return read_mapping(
-        folder / "results.json",
-        "is not a finished run (no results.json in it)",
-        "; delete it to make the run finish again",
-    )
+    """The results of a finished run that has figures; RunError if it is not finished or the file is damaged."""
+    found = _read_finished(folder)
+    check_keys(folder / "results.json", found, {"figures": list[Figure] if "seed" in found else list[SeedFigure]})
+    return found
+
+
+def _read_finished(folder: Path) -> dict[str, Any]:
+    path = folder / "results.json"
+    found = read_mapping(path, "is not a finished run (no results.json in it)", FINISH_AGAIN)
+    check_keys(path, found, WRITTEN)
+    return found
+
+
+def check_keys(path: Path, found: Mapping[str, Any], needed: Mapping[str, Any], inside: str = "") -> None:
+    """RunError if a key (-> its type) is missing in what was read from a run's file, or holds something else."""
+    for name, kind in needed.items():
+        try:
+            TypeAdapter(kind).validate_python(found[name], strict=True)
+        except KeyError:
+            raise RunError(f"{path}: is damaged ({inside}{name} is missing){FINISH_AGAIN}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, (name, *first["loc"])))
+            raise RunError(f"{path}: is damaged ({inside}{place}: {first['msg']}){FINISH_AGAIN}") from None
 
 
 def read_mapping(path: Path, missing: str, hint: str = "") -> dict[str, Any]:
@@ -212,11 +251,18 @@ def read_mapping(path: Path, missing: str, hint: str = "") -> dict[str, Any]:
     return found
 
 
-def read_run(folder: Path, paper: str) -> dict[str, Any]:
-    """The results of a finished run of a paper; RunError if it is not finished or another paper's."""
-    results = read_results(folder)
+def read_run(folder: Path, paper: str, **needed: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of a finished run of a paper; RunError if it is not finished, damaged or another paper's.
+
+    Args:
+        needed: what the caller reads in a mapping of the results, as `data={"images": int}`.
+    """
+    results, path = read_results(folder), folder / "results.json"
     if results.get("paper") != paper:
         raise RunError(f"{folder}: is a run of {results.get('paper')!r}, not of {paper}")
+    check_keys(path, results, {**OF_A_RUN, **dict.fromkeys(needed, dict)})
+    for name, keys in needed.items():
+        check_keys(path, results[name], keys, f"{name}.")
     return results
 
 

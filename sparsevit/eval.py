@@ -107,7 +107,7 @@ def run_eval(arguments: Sequence[str]) -> int:
     check_shared(__file__)
     if min(asked.batch) < 1:
         raise ConfigError(f"--batch {' '.join(map(str, asked.batch))}: each must be at least 1")
-    results = read_run(asked.run, "sparsevit")
+    results = read_run(asked.run, "sparsevit", data={"digests": dict})
     config = load(asked.run / "config.yaml", Config)
     device = setup(asked.device if asked.device != "auto" else config.device, config.threads)
     problem = load_problem(config.data, device)

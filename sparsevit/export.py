@@ -31,7 +31,8 @@ def take(asked: argparse.Namespace) -> Portable:
     Raises:
         ConfigError: the run saved no such network.
     """
-    results, config = read_run(asked.run, "sparsevit"), load(asked.run / "config.yaml", Config)
+    results = read_run(asked.run, "sparsevit", data={"images": int})
+    config = load(asked.run / "config.yaml", Config)
     classes = load_model(asked.run / "model")[1]["classes"]
     network = load_network(asked.run / "model" if asked.pruned is None else folder_of(asked.run, asked.pruned))
     size, data, name = network.size, config.data, asked.pruned or "dense"

@@ -1,6 +1,7 @@
 """Every package's networks leave the house as they were measured, and name what is in a picture."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -245,3 +246,48 @@ def test_the_network_of_every_kind_of_method_is_built_again(method):
     network = build(architecture)
     network.load_state_dict(state)
     assert network.eval()(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+
+
+READ = {  # of the data, by the commands that evaluate a run and that use its networks
+    "fedloge": {"eval": ["digests"], "predict": ["images", "class_counts", "client_sizes", "local_test_sizes"]},
+    "mdcs": {"eval": ["class_counts", "digests"], "predict": ["images", "class_counts"]},
+    "lightcnn": {"eval": ["train_digest", "test_digest"], "predict": ["train_images", "validation_images"]},
+    "sparsevit": {"eval": ["digests"], "predict": ["images"]},
+}
+
+
+@pytest.mark.parametrize("command", ["eval", "predict"])
+@each_package
+def test_results_that_lack_a_key_are_refused_by_its_name(runs, tmp_path, capsys, package, command):
+    run, picture = tmp_path / "run", tmp_path / "picture.png"
+    shutil.copytree(runs[package], run)
+    Image.new("L", (28, 28)).save(picture)
+    whole = json.loads((run / "results.json").read_text())
+
+    def said(results):
+        (run / "results.json").write_text(json.dumps(results))
+        asked = [str(run), *([str(picture)] if command == "predict" else [])]
+        assert import_module(f"{package}.{command}").main(asked) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {run / 'results.json'}: is damaged (")
+        assert error.count("\n") == 1
+        return error
+
+    said({"paper": package})
+    for key in ("figures", "data", "config", "method", "device", "command", "model_digest"):
+        assert f"({key} is missing)" in said({name: value for name, value in whole.items() if name != key})
+        assert f"({key}" in said({**whole, key: 1})
+    for key in READ[package][command]:
+        kept = {name: value for name, value in whole["data"].items() if name != key}
+        assert f"(data.{key} is missing)" in said({**whole, "data": kept})
+        assert f"(data.{key}" in said({**whole, "data": {**kept, key: ["no"]}})
+
+
+def test_a_client_whose_accuracy_is_not_in_the_results_is_refused(runs, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(runs["fedloge"], run)
+    whole = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps({**whole, "details": {}}))
+    assert exported("fedloge", run, tmp_path / "out", "--client", "1") == 2
+    assert "is damaged (details.personal.clients is missing)" in capsys.readouterr().err
+    assert exported("fedloge", run, tmp_path / "out") == 0, "the generic model needs none"

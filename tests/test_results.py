@@ -249,7 +249,7 @@ REFUSED = {
     "no commit": ({"commit": "unknown"}, {"commit": "unknown"}, "commit: 'unknown' does not fit"),
     "an unknown paper": ({}, {"paper": "other"}, "is a run of 'other'; the papers here are fedloge, lightcnn"),
     "no figures": ({}, {"figures": []}, "results.json holds no figure"),
-    "damaged figures": ({}, {"figures": [{"value": 1}]}, "results.json is damaged"),
+    "damaged figures": ({}, {"figures": [{"value": 1}]}, "results.json: is damaged (figures.0.at: Field required)"),
     "a command of another seed": ({}, {"seed": 7}, "trains seed 0, but the row has 7"),
 }
 

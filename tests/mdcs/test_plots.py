@@ -45,6 +45,7 @@ def fabricated(
                     for k, v in logged[epochs // 2 - 1]["figures"].items()],
         "details": details,
         "data": {"class_counts": [int(500 * 0.01 ** (c / (classes - 1))) for c in range(classes)], "groups": groups},
+        "device": "-", "precision": "-", "commit": "-", "command": "-", "seconds": 1.0, "seed": 0,
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results))

@@ -188,7 +188,8 @@ def test_seconds_before_an_interruption_count(tmp_path):
 
 
 def test_finished_results_are_read_back_with_where_they_were_measured(opened):
-    written = opened.finish({"figures": [1, None]}, torch.device("cpu"), "float32")
+    figures = [{"at": "final", "split": "test", "metric": "accuracy", "value": value} for value in (1, None)]
+    written = opened.finish({"figures": figures, "seed": 0}, torch.device("cpu"), "float32")
     assert opened.results == written
     assert {"device", "precision", "commit", "command", "seconds", "peak_memory_bytes"} <= set(written)
     assert written["device"].startswith("CPU")
@@ -199,6 +200,35 @@ def test_damaged_results_are_refused_in_one_line(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(RunError, match="is damaged"):
         read_results(tmp_path)
+
+
+FIGURE = {"at": "final", "split": "test", "metric": "accuracy", "value": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"figures": None}, "figures: Input should be a valid list"),
+        ({"figures": [FIGURE, 3]}, r"figures\.1: "),
+        ({"figures": [FIGURE, {**FIGURE, "value": "0.5"}]}, r"figures\.1\.value: "),
+        ({"figures": [{key: FIGURE[key] for key in ("at", "split", "value")}]}, r"figures\.0\.metric: Field required"),
+        ({"seed": "left out"}, r"figures\.0\.seed: Field required"),
+        ({"device": 3}, "device: "),
+        ({"seconds": "1"}, "seconds: "),
+        ({"figures": "left out"}, "figures is missing"),
+        ({"commit": "left out"}, "commit is missing"),
+        ({"command": "left out"}, "command is missing"),
+        ({"precision": "left out"}, "precision is missing"),
+    ],
+)
+def test_results_that_lack_a_key_or_hold_something_else_there_are_refused_by_it(opened, changes, said):
+    opened.finish({"figures": [FIGURE], "seed": 0}, torch.device("cpu"), "float32")
+    path = opened.folder / "results.json"
+    results = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in results.items() if value != "left out"}))
+    with pytest.raises(RunError, match=rf"results\.json: is damaged \({said}.*\); delete it") as refused:
+        read_results(opened.folder)
+    assert "\n" not in str(refused.value)
 
 
 def test_an_unfinished_run_has_no_results(tmp_path):

@@ -83,11 +83,12 @@ def test_a_candidate_differs_from_the_study_in_its_coefficient_and_in_that_nothi
 def test_only_the_figure_of_the_held_out_images_is_read(tmp_path):
     rows = [{"at": "final", "split": "test", "metric": name, "value": value} for name, value in
             (("dense.accuracy", 0.1), ("global_l1.80.accuracy", 0.2), ("val.accuracy", 0.75))]  # fmt: skip
-    for test_value in (0.1, 0.9, "unreadable", None):
+    finished = {"device": "-", "precision": "-", "commit": "-", "command": "-", "seconds": 1.0, "seed": 100}
+    for test_value in (0.1, 0.9, float("nan"), None):
         rows[0]["value"] = rows[1]["value"] = test_value
-        (tmp_path / "results.json").write_text(json.dumps({"figures": rows}))
+        (tmp_path / "results.json").write_text(json.dumps({**finished, "figures": rows}))
         assert held_out_accuracy(tmp_path) == 0.75
-    (tmp_path / "results.json").write_text(json.dumps({"figures": rows[:2]}))
+    (tmp_path / "results.json").write_text(json.dumps({**finished, "figures": rows[:2]}))
     with pytest.raises(RunError, match=r"has no val\.accuracy"):
         held_out_accuracy(tmp_path)
 
