@@ -65,10 +65,8 @@ report: setup ## one page of all results, results/report/index.html
 
 schema: setup ## JSON schemas of the configurations, for editors, in schemas/
 	@mkdir -p schemas
-	$(BIN)/python -m fedloge.train --schema > schemas/fedloge.json
-	$(BIN)/python -m mdcs.train --schema > schemas/mdcs.json
-	$(BIN)/python -m lightcnn.train --schema > schemas/lightcnn.json
-	$(BIN)/python -m sparsevit.train --schema > schemas/sparsevit.json
+	for paper in fedloge mdcs lightcnn sparsevit; do new=schemas/.$$paper.json.tmp; \
+	  $(BIN)/python -m $$paper.train --schema > $$new && mv $$new schemas/$$paper.json || { rm -f $$new; exit 2; }; done
 
 lock: ## resolve the dependencies anew (review the diff)
 	$(UV) pip compile --quiet --universal --generate-hashes --group dev pyproject.toml -o requirements.lock

@@ -62,6 +62,20 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     atomic_write(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
+def write_progress(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a small JSON file so that a reader finds the old or the new, whole; where it cannot be written, it stays.
+
+    It does not wait for the disk as `atomic_write` does: nothing is lost with it, and it is written every moment.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(state))
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Save a tree of dicts, lists, tensors, numbers, texts and None; `previous_of(path)` keeps the file before it."""
     tensors: dict[str, Tensor] = {}

@@ -150,8 +150,7 @@ class Run(Generic[C]):
 
     def progress(self, done: float, total: int, unit: str) -> None:
         """Tell a study how far the run is; `steps` does so itself, but for the parts of a long step."""
-        with contextlib.suppress(OSError):
-            (self.folder / "progress.json").write_text(json.dumps({"done": done, "total": total, "unit": unit}))
+        checkpoint.write_progress(self.folder / "progress.json", {"done": done, "total": total, "unit": unit})
 
     def check(self) -> None:
         """To be called after each step: raises InterruptedRunError once a signal has come."""

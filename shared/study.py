@@ -22,6 +22,7 @@ from typing import Literal, cast, get_args
 
 import torch
 
+from shared.checkpoint import write_progress
 from shared.errors import ConfigError, RunError, UserError
 
 POLL_SECONDS = 0.2
@@ -248,8 +249,7 @@ class _Display:
         self.bar.update(self.task, completed=done, description=f"{text}; {', '.join(i.job.name for i in running)}")
         if self.file and (time.monotonic() > self.written + 1 or not running):
             self.written = time.monotonic()
-            with contextlib.suppress(OSError):
-                self.file.write_text(json.dumps({"done": done, "total": self.total, "text": text}))
+            write_progress(self.file, {"done": done, "total": self.total, "text": text})
         if self.bar.disable and left is not None and time.monotonic() > self.next:
             self.next = time.monotonic() + 60
             print(f"{len(outcomes)} of {self.total} runs done, {text}", file=sys.stderr, flush=True)

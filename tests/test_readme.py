@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import shutil
+import subprocess
 from importlib import import_module
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+PAPERS = ("fedloge", "mdcs", "lightcnn", "sparsevit")
 READMES = [path for path in [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("*/README.md"))] if path.exists()]
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -139,3 +142,18 @@ def test_the_help_of_make_names_every_target_that_is_meant_for_people(repository
     phony = re.search(r"^\.PHONY: (.*)$", (repository / "Makefile").read_text(), re.MULTILINE)
     assert phony is not None
     assert set(phony[1].split()) == meant
+
+
+def test_a_schema_that_cannot_be_made_leaves_the_one_that_is_there(tmp_path, clean_environment):
+    """With a Python that writes half a schema for all papers but the first."""
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    (tmp_path / "schemas").mkdir()
+    for paper in PAPERS:
+        (tmp_path / "schemas" / f"{paper}.json").write_text("old")
+    (tmp_path / "python").write_text('#!/bin/sh\necho "half of $2"\ntest $2 = fedloge.train\n')
+    (tmp_path / "python").chmod(0o755)
+    command = ["make", "-o", "setup", "schema", f"BIN={tmp_path}"]  # nothing is installed
+    done = subprocess.run(command, cwd=tmp_path, env=clean_environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    found = {path.name: path.read_text() for path in (tmp_path / "schemas").iterdir()}
+    assert found == {f"{paper}.json": "half of fedloge.train\n" if paper == "fedloge" else "old" for paper in PAPERS}

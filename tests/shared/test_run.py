@@ -282,6 +282,29 @@ def test_progress_is_written_for_a_study_to_read(opened):
     assert json.loads((opened.folder / "progress.json").read_text()) == {"done": 5, "total": 5, "unit": "round"}
 
 
+def test_a_reader_of_the_progress_finds_the_old_or_the_new_whole(opened, monkeypatch):
+    opened.progress(1, 5, "round")
+    found, real = [], os.replace
+
+    def replace(source, target):
+        found.append(progress_of(opened)["done"])
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        opened.progress(2, 5, "round")
+    assert [*found, progress_of(opened)["done"]] == [1, 2]
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        opened.progress(3, 5, "round")  # no reason to end a run
+    assert progress_of(opened)["done"] == 2
+    assert not list(opened.folder.glob(".progress*"))
+
+
 def progress_of(run: Run) -> dict[str, object]:
     return json.loads((run.folder / "progress.json").read_text())
 
