@@ -29,7 +29,7 @@ def few_test_images(name, split, **named):
     found = load(name, split, **named)
     return found if split == "train" else shared.data.take(found, range(0, len(found), 25))
 
-if sys.argv[1] != "fedloge":
+if sys.argv[1] == "mdcs":
     shared.data.load = few_test_images
 
 with contextlib.redirect_stdout(io.StringIO()):
@@ -60,8 +60,25 @@ for line in sys.stdin:
 """
 
 
-PAPERS = ("fedloge", "mdcs")
-STATE = {"fedloge": ("round", 4), "mdcs": ("epoch", 2)}  # what a state counts, and how far the runs below go
+STATE = {  # what a state counts, and how far the runs below go
+    "fedloge": ("round", 4), "mdcs": ("epoch", 2), "lightcnn": ("step", 5), "sparsevit": ("step", 24),
+}  # fmt: skip
+KILLS = {"fedloge": 30, "mdcs": 8, "lightcnn": 6, "sparsevit": 6}
+MOMENTS = {  # of the calls that change a file
+    "fedloge": [*range(1, 15), *range(15, 81, 8)],  # each at the start, where a folder comes to be; then some of each
+    "mdcs": [*range(20, 120, 17)], "lightcnn": [*range(15, 115, 25)], "sparsevit": [*range(15, 115, 25)],
+}  # fmt: skip
+TINY_LIGHTCNN = ("data={name: sample, validation: 50, validation_from: each_class, train: 130, test: 200}",
+                 "stage1={epochs: 2, patience: 5}", "stage2={max_epochs: 2}", "seeds=2", "device=cpu")  # fmt: skip
+TINY_SPARSEVIT = (
+    "data.train_images=120", "data.test_images=50", "data.val_images=20", "batch_size=10", "eval_batch_size=25",
+    "pretrain={epochs: 1, batch_size: 20}", "model={arch: s0, width: 8, depth: 2, heads: 2, mlp: 12, dropout: 0.1}",
+    "prune={pruners: [global_l1], ratios: [0.5], removals: [neurons], removal_ratios: [0.5]}",
+)  # fmt: skip
+
+
+def test_every_paper_is_killed_here(papers):
+    assert set(papers) == set(STATE) == set(KILLS) == set(MOMENTS)
 
 
 class Trainer:
@@ -79,22 +96,23 @@ class Trainer:
 
     def folder_of(self, out: Path) -> Path:
         """The folder of the one run."""
-        (folder,) = (out / self.paper).iterdir()
+        (folder,) = (out / self.paper).glob("smoke-*")
         return folder
 
     def assert_states_load(self, out: Path) -> bool:
-        """Whether there is a state; what there is must load."""
+        """Whether there is a state, that of a pre-training included; what there is must load."""
         key, end = STATE[self.paper]
-        found = list(out.glob(f"{self.paper}/*/checkpoint/state.ckpt"))
+        found = list(out.glob(f"{self.paper}/**/checkpoint/state.ckpt"))
         for path in found:
-            assert load_state(path)["state"][key] <= end
+            state = load_state(path)["state"]
+            assert state.get("fit", state)[key] <= end
             if previous_of(path).exists():
                 load_state(previous_of(path))
-        assert found or not list(out.glob(f"{self.paper}/*/checkpoint/previous*"))
+        assert found or not list(out.glob(f"{self.paper}/**/checkpoint/previous*"))
         return bool(found)
 
 
-@pytest.fixture(scope="module", params=PAPERS)
+@pytest.fixture(scope="module", params=STATE)
 def trainer(request, repository, clean_environment, arguments_of, tmp_path_factory) -> Iterator[Trainer]:
     warm_up = arguments_of[request.param](tmp_path_factory.mktemp("warm"))
     command = [sys.executable, "-c", SERVER, request.param, json.dumps(warm_up)]
@@ -110,6 +128,8 @@ def arguments_of(tiny_arguments, mdcs_arguments) -> dict[str, Callable[..., list
     return {
         "fedloge": lambda out, *more: tiny_arguments(out, "fedloge", "rounds=4", *more),
         "mdcs": lambda out, *more: mdcs_arguments(out, "mdcs", *more),
+        "lightcnn": lambda out, *more: ["--config", "smoke", "--out", str(out), *TINY_LIGHTCNN, *more],
+        "sparsevit": lambda out, *more: ["--config", "smoke", "--out", str(out), *TINY_SPARSEVIT, *more],
     }
 
 
@@ -136,7 +156,7 @@ def test_kills_at_random_moments_leave_states_that_load_and_runs_that_end_with_t
     tmp_path, trainer, arguments, expected
 ):
     digest, seconds = expected
-    wanted = {"fedloge": 30, "mdcs": 8}[trainer.paper]
+    wanted = KILLS[trainer.paper]
     draws, kills, with_state, number = random.Random(0), 0, 0, 0
     while kills < wanted:
         out = tmp_path / str(number)
@@ -162,12 +182,7 @@ def test_a_kill_before_a_call_that_changes_a_file_leaves_a_run_that_ends_with_th
 
     assert trainer.run(arguments("whole")) == 0
     digest = read_results(trainer.folder_of(tmp_path / "whole"))["model_digest"]
-    moments = {
-        # each at the start, where a folder comes to be; then some of each kind
-        "fedloge": [*range(1, 15), *range(15, 81, 8)],
-        "mdcs": [*range(20, 120, 17)],
-    }[trainer.paper]
-    for moment in moments:
+    for moment in MOMENTS[trainer.paper]:
         out = tmp_path / str(moment)
         assert trainer.run(arguments(out.name), die_at=moment) == -signal.SIGKILL, f"no call {moment}"
         trainer.assert_states_load(out)
