@@ -168,7 +168,7 @@ def test_the_one_teacher_does_not_keep_the_budget_study_from_being_published_and
             (job.folder / "environment.json").write_text(json.dumps({"commit": "c" * 40, "dirty": False}))
         return {job.name: Outcome(0, 0.1) for job in jobs}
 
-    def report(path, config, done, folder, command):
+    def report(path, done, folder, command):
         folder.mkdir(parents=True)
         (folder / "methods.md").write_text("")
 
