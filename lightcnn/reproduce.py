@@ -46,7 +46,7 @@ PLANS: dict[str, tuple[Slice, ...]] = {
     "paper": (
         Slice("fashion_mnist", CORE, 5, epochs=57),
         Slice("mnist", CORE, 5, epochs=46),
-        Slice("cifar10", CORE, 5),
+        Slice("cifar10", CORE, 5, epochs=77),
         Slice("fashion_mnist", (*OTHERS, *ABLATIONS, *MORE), 3, epochs=57),
     ),
 }
