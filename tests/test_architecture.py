@@ -149,10 +149,19 @@ def test_every_module_and_every_public_class_and_function_says_what_it_is(path):
     assert wrong == []
 
 
+def lines_of(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_files_of_tests_are_as_short_as_those_of_code():
+    tests = list((REPOSITORY / "tests").rglob("*.py"))
+    assert len(tests) > 50
+    assert [f"{path.name}: {lines_of(path)}" for path in tests if lines_of(path) > MAX_FILE_LINES] == []
+
+
 @each_file
 def test_files_and_functions_fit_on_few_screens(path):
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_FILE_LINES
+    assert lines_of(path) <= MAX_FILE_LINES
     functions = [node for node in ast.walk(tree_of(path)) if isinstance(node, Function)]
     long = [
         f"{f.name}: {f.end_lineno - f.lineno + 1}" for f in functions if f.end_lineno - f.lineno >= MAX_FUNCTION_LINES

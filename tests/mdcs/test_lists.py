@@ -1,15 +1,11 @@
-"""Data sets of list files, on small folders of images: reading, renumbering, checks, and a run from end to end."""
+"""Data sets of list files, on small folders of images: reading, renumbering and checks."""
 
 import gzip
-import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from mdcs import eval as evaluation
-from mdcs import lists, train
+from mdcs import lists
 from mdcs.config import Config
 from mdcs.lists import KnownList, by_count, check_known, relabel
 from mdcs.problem import load_problem
@@ -17,66 +13,13 @@ from mdcs.views import FileViews
 from shared.config import parse
 from shared.data import FileSet, load_list
 from shared.errors import ConfigError, DataError
+from tests.mdcs.listed_data import COUNTS, LISTS, lose
 
 CPU = torch.device("cpu")
-LISTS = """
-paper: mdcs
-data:
-  name: list
-  train_list: lists/train.txt
-  test_list: lists/test.txt
-  image_root: images
-  num_classes: 4
-  image_size: 32
-  workers: 2
-  mean: [0.485, 0.456, 0.406]
-  std: [0.229, 0.224, 0.225]
-  augment: photo
-model: {name: resnet_cifar, depth: 8, width: 4}
-method: {name: mdcs, ramp_epochs: 2}
-optimizer: {lr: 0.05}
-schedule: cosine
-epochs: 1
-batch_size: 8
-evaluate: {batch_size: 5}
-device: cpu
-precision: float32
-threads: 1
-"""
-COUNTS = {"train": (5, 9, 5, 7), "test": (3, 3, 3, 3)}  # images a class: not sorted, two equal
 
 
 def configure(*overrides):
     return parse(LISTS, Config, overrides)
-
-
-def make_folder(base):
-    """Images of four classes in several formats, one of them grey-scale, and their lists."""
-    random = np.random.default_rng(0)
-    (base / "lists").mkdir(parents=True)
-    for split, counts in COUNTS.items():
-        lines = []
-        for label, count in enumerate(counts):
-            folder = base / "images" / split / f"class {label}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = random.integers(0, 90, (40, 48, 3))
-                pixels[..., label % 3] += 60 + 30 * label
-                image = Image.fromarray(pixels.astype(np.uint8))
-                name = f"{i}.{'png' if i % 2 else 'jpg'}"
-                (image.convert("L") if i == 2 else image).save(folder / name)
-                lines.append(f"{split}/class {label}/{name} {label}\n")
-        random.shuffle(lines)
-        (base / "lists" / f"{split}.txt").write_text("".join(lines))
-    return base
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Such a folder as the data root."""
-    base = make_folder(tmp_path / "data")
-    monkeypatch.setenv("DATA_ROOT", str(base))
-    return base
 
 
 def load(*overrides):
@@ -250,17 +193,10 @@ def test_numbers_of_the_known_data_sets_are_the_published_ones():
     assert published == lists.KNOWN
 
 
+@pytest.mark.parametrize(("split", "total"), [("train", 26), ("test", 12)])
 # --- bad lists --------------------------------------------------------------------------------------------------------
 
 
-def lose(folder, split, *places):
-    """Delete the images of these lines (from 1)."""
-    lines = (folder / "lists" / f"{split}.txt").read_text().splitlines()
-    for place in places:
-        (folder / "images" / lines[place - 1].rpartition(" ")[0]).unlink()
-
-
-@pytest.mark.parametrize(("split", "total"), [("train", 26), ("test", 12)])
 def test_a_missing_image_is_named_with_its_line(folder, split, total):
     lose(folder, split, 7, 9)
     with pytest.raises(DataError, match=rf"{split}\.txt:7: there is no .*images/{split}/class .*2 of {total} images"):
@@ -324,96 +260,3 @@ def test_a_class_without_a_training_image_is_refused(folder, relabelled):
 def test_the_mean_of_a_grey_data_set_is_refused_for_image_files(folder):
     with pytest.raises(ConfigError, match=r"data.mean: has 1 numbers.* 3 channels"):
         load("data.mean=[0.5]", "data.std=[0.5]")
-
-
-# --- from end to end --------------------------------------------------------------------------------------------------
-
-
-def command(base, *overrides):
-    (base / "tiny.yaml").write_text(LISTS)
-    return ["--config", str(base / "tiny.yaml"), "--out", str(base / "runs"), *overrides]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder of images, and the run that was trained on it, its classes numbered anew."""
-    base = make_folder(tmp_path_factory.mktemp("lists") / "data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DATA_ROOT", str(base))
-        assert train.main(command(base, "data.relabel=true")) == 0
-    (run,) = (base / "runs" / "mdcs").iterdir()
-    return base, run
-
-
-@pytest.fixture
-def run(trained, monkeypatch):
-    monkeypatch.setenv("DATA_ROOT", str(trained[0]))
-    return trained[1]
-
-
-def test_a_run_on_image_files_trains_all_its_images_and_is_evaluated(run):
-    results = json.loads((run / "results.json").read_text())
-    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    (epoch,) = [e for e in events if e["event"] == "epoch"]
-    assert epoch["images"] == 26
-    assert np.isfinite(epoch["loss"])
-    assert results["data"]["class_counts"] == [9, 7, 5, 5]
-    assert results["data"]["class_order"] == [1, 3, 0, 2]
-    values = {row["metric"]: row["value"] for row in results["figures"]}
-    assert 0 <= values["ensemble.accuracy"] <= 1
-    assert values["ensemble.many"] is values["ensemble.medium"] is None
-    assert values["ensemble.few"] is not None
-
-
-def test_the_command_for_evaluation_recomputes_the_figures_of_a_run_on_image_files(run, capsys):
-    assert evaluation.main([str(run)]) == 0
-    assert "are those of results.json" in capsys.readouterr().out
-
-
-def damage(base, kind):
-    """Change the folder of images; returns what the line on stderr must hold."""
-    path = base / "lists" / "train.txt"
-    lines = path.read_text().splitlines()
-    if kind == "missing image":
-        lose(base, "train", 6)
-        return "train.txt:6: there is no"
-    if kind == "label":
-        path.write_text("\n".join([*lines[:2], lines[2][:-1] + "9", *lines[3:]]))
-        return "train.txt:3: label 9 is outside 0..3"
-    if kind == "class":
-        path.write_text("\n".join(line for line in lines if not line.endswith(" 3")))
-        return "class 3 has no training image"
-    if kind == "no list":
-        path.unlink()
-        return "train.txt: no such list file"
-    (base / "images" / lines[0].rpartition(" ")[0]).write_bytes(b"no image")
-    return "not a readable image"
-
-
-@pytest.mark.parametrize("kind", ["missing image", "label", "class", "no list", "damaged image"])
-def test_a_run_on_a_bad_folder_ends_with_one_line_and_exit_code_2(folder, capsys, kind):
-    words = damage(folder, kind)
-    assert train.main(command(folder)) == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert not list(folder.glob("runs/mdcs/*/results.json"))
-
-
-def test_a_known_name_with_lists_of_ones_own_ends_with_one_line_and_exit_code_2(folder, capsys):
-    assert train.main(command(folder, "data.name=inaturalist18")) == 2
-    error = capsys.readouterr().err
-    assert "inaturalist18: 4 classes" in error
-    assert error.count("\n") == 1
-
-
-def test_an_evaluation_after_the_list_changed_is_refused(trained, run, tmp_path, monkeypatch, capsys):
-    base = make_folder(tmp_path / "data")
-    monkeypatch.setenv("DATA_ROOT", str(base))
-    path = base / "lists" / "train.txt"
-    path.write_text("".join(path.read_text().splitlines(True)[1:]))
-    assert evaluation.main([str(run)]) == 2
-    error = capsys.readouterr().err
-    assert "other class counts" in error
-    assert error.count("\n") == 1

@@ -1,50 +1,24 @@
-import functools
-import gzip
-import http.server
-import io
-import os
-import struct
-import tarfile
-import threading
+"""The official formats and the embedded sample: reading, where data is found, damage, digests."""
+
 import time
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from shared import data
-from shared.data import FileSet, ImageSet, data_root, load, load_folder, load_list, open_rgb, take
+from shared.data import ImageSet, data_root, load, take
 from shared.errors import DataError
 from shared.sample import make_sample
+from tests.shared.official_files import SOURCE, cifar_records, idx, needs_source, write, write_mnist
 
-SOURCE = Path(os.environ.get("DATA_SOURCE", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
+pytestmark = pytest.mark.usefixtures("no_data_but_the_tests_own")
+
 DEBIAN = Path(data._SOURCES["fashion_mnist"].folders[-1])
-needs_source = pytest.mark.skipif(not (SOURCE / "mini").is_dir(), reason="the shared data folder is not here")
+
+
 needs_debian = pytest.mark.skipif(not DEBIAN.is_dir(), reason="dataset-fashion-mnist is not installed")
-
-
-@pytest.fixture(autouse=True)
-def no_data_but_the_tests_own(monkeypatch, tmp_path):
-    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
-    monkeypatch.setenv("no_proxy", "*")  # the tests' own server is on this machine
-    fashion = data._SOURCES["fashion_mnist"]
-    monkeypatch.setitem(data._SOURCES, "fashion_mnist", fashion._replace(folders=fashion.folders[:2]))
-
-
-def cifar_records(labels, label_bytes=1, seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 256, (len(labels), 3072), dtype=np.uint8)
-    columns = np.zeros((len(labels), label_bytes), np.uint8)
-    columns[:, -1] = labels
-    return np.concatenate([columns, pixels], axis=1)
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
 
 
 def write_cifar10(root, labels=((0, 1), (2,), (3,), (4,), (9,))):
@@ -53,19 +27,6 @@ def write_cifar10(root, labels=((0, 1), (2,), (3,), (4,), (9,))):
         write(root / f"cifar-10-batches-bin/data_batch_{i}.bin", records.tobytes())
     write(root / "cifar-10-batches-bin/test_batch.bin", cifar_records([5, 5, 5]).tobytes())
     return np.concatenate(batches)
-
-
-def idx(array):
-    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-
-
-def write_mnist(folder, n=4, packed=True, prefix="train", labels=None):
-    images = np.random.default_rng(1).integers(0, 256, (n, 28, 28), dtype=np.uint8)
-    labels = np.arange(n, dtype=np.uint8) if labels is None else np.array(labels, np.uint8)
-    for name, array in ((f"{prefix}-images-idx3-ubyte", images), (f"{prefix}-labels-idx1-ubyte", labels)):
-        content = idx(array)
-        write(folder / (name + ".gz" * packed), gzip.compress(content) if packed else content)
-    return images
 
 
 # ------------------------------------------------------------------------------------------------ official formats
@@ -290,207 +251,6 @@ def test_take_refuses_indices_that_are_not_there(tmp_path, indices):
     write_cifar10(tmp_path)
     with pytest.raises(DataError, match=r"go beyond 0\.\.5"):
         take(load("cifar10", "train"), indices)
-
-
-# ------------------------------------------------------------------------------------------------ folders and lists
-
-
-def write_folder(root, classes=("cat", "dog"), count=2):
-    for c, name in enumerate(classes):
-        for i in range(count):
-            (root / name).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 6), (10 * i, 20 * c, 30)).save(root / name / f"{i}.JPEG")
-    return root
-
-
-def test_an_image_folder_gives_sorted_classes_and_paths(tmp_path):
-    root = write_folder(tmp_path / "train", ("dog", "cat"))
-    (root / "cat" / "notes.txt").write_text("no image")
-    found = load_folder(root)
-    assert isinstance(found, FileSet)
-    assert found.classes == ("cat", "dog")
-    assert [p.relative_to(root).as_posix() for p in found.paths] == [
-        "cat/0.JPEG",
-        "cat/1.JPEG",
-        "dog/0.JPEG",
-        "dog/1.JPEG",
-    ]
-    assert found.labels.tolist() == [0, 0, 1, 1]
-
-
-def test_a_validation_folder_without_a_class_keeps_the_labels_of_the_training_set(tmp_path):
-    write_folder(tmp_path / "val", ("dog",))
-    assert load_folder(tmp_path / "val", "val", classes=("cat", "dog")).labels.tolist() == [1, 1]
-    with pytest.raises(DataError, match="found dog"):
-        load_folder(tmp_path / "val", "val", classes=("cat",))
-
-
-def test_a_folder_without_classes_or_images_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no such image folder"):
-        load_folder(tmp_path / "none")
-    with pytest.raises(DataError, match="found no subfolder"):
-        load_folder(tmp_path)
-    (tmp_path / "cat").mkdir()
-    with pytest.raises(DataError, match="cat: no image in it"):
-        load_folder(tmp_path)
-
-
-def test_a_file_digest_does_not_depend_on_where_the_folder_lies(tmp_path):
-    first, second = (load_folder(write_folder(tmp_path / name)) for name in "ab")
-    assert first.digest == second.digest
-    assert first.digest != load_folder(write_folder(tmp_path / "c", ("cat", "doe"))).digest
-    assert take(first, [1, 2]).digest == take(second, [1, 2]).digest != first.digest
-    assert take(first, [2]).paths == (first.paths[2],)
-
-
-def test_a_list_file_joins_its_paths_to_the_image_root(tmp_path):
-    write_folder(tmp_path / "images")
-    (tmp_path / "train.txt").write_text("dog/1.JPEG 4\ncat/0.JPEG 0\n")
-    found = load_list(tmp_path / "train.txt", tmp_path / "images")
-    assert found.paths == (tmp_path / "images/dog/1.JPEG", tmp_path / "images/cat/0.JPEG")
-    assert found.labels.tolist() == [4, 0]
-    assert len(found.classes) == 5
-    assert len(load_list(tmp_path / "train.txt", tmp_path / "images", num_classes=9).classes) == 9
-    with pytest.raises(DataError, match=r"train.txt:1: there is no .*2 of 2 images are missing"):
-        load_list(tmp_path / "train.txt", tmp_path)
-
-
-@needs_source
-def test_real_list_and_folder_hold_the_same_images():
-    root = SOURCE / "tiny-imagenet-sample"
-    folder, listed = load_folder(root / "train"), load_list(root / "train.txt", root)
-    assert set(zip(folder.paths, folder.labels.tolist(), strict=True)) == set(
-        zip(listed.paths, listed.labels.tolist(), strict=True)
-    )
-    tail = load_list(root / "train_lt.txt", root, num_classes=10)
-    assert tail.labels.bincount().tolist() == [40, 31, 24, 19, 14, 11, 9, 7, 5, 4]
-
-
-def test_a_grey_image_is_decoded_to_three_equal_channels(tmp_path):
-    Image.new("L", (5, 4), 77).save(tmp_path / "grey.png")
-    assert np.asarray(open_rgb(tmp_path / "grey.png")).tolist() == [[[77] * 3] * 5] * 4
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "ppm", "webp"])
-def test_an_image_that_does_not_open_is_named(tmp_path, suffix):
-    whole = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(whole, {"jpg": "jpeg"}.get(suffix, suffix))
-    for i, content in enumerate((b"", b"no image", whole.getvalue()[:300])):
-        path = write(tmp_path / f"{i}.{suffix}", content)
-        with pytest.raises(DataError, match="not a readable image") as caught:
-            open_rgb(path)
-        assert str(caught.value).startswith(str(path))
-    with pytest.raises(DataError, match=r"none\.jpg"):
-        open_rgb(tmp_path / "none.jpg")
-
-
-# ------------------------------------------------------------------------------------------------ download
-
-
-@pytest.fixture
-def server(tmp_path):
-    """A web server on this machine: (its folder, its address)."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as service:
-        thread = threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield folder, f"http://127.0.0.1:{service.server_port}"
-        service.shutdown()
-        thread.join()
-
-
-def serve(monkeypatch, server, name, files):
-    folder, address = server
-    for file, content in files.items():
-        (folder / file).write_bytes(content)
-    table = {f"{address}/{file}": sha256(content).hexdigest() for file, content in files.items()}
-    monkeypatch.setitem(data.DOWNLOADS, name, table)
-    return table
-
-
-def tar(members):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def test_an_archive_is_downloaded_unpacked_and_read(monkeypatch, server, tmp_path):
-    archive = tar({"cifar-10-batches-bin/test_batch.bin": cifar_records([1, 2]).tobytes()})
-    serve(monkeypatch, server, "cifar10", {"cifar-10-binary.tar.gz": archive})
-    root = tmp_path / "new" / "root"
-    assert load("cifar10", "test", root=root, download=True).labels.tolist() == [1, 2]
-    assert [p.name for p in root.iterdir()] == ["cifar-10-batches-bin"]  # neither the archive nor a temporary folder
-    (server[0] / "cifar-10-binary.tar.gz").unlink()
-    assert len(load("cifar10", "test", root=root, download=True)) == 2  # what is there is not fetched again
-
-
-def test_single_files_are_downloaded_and_read(monkeypatch, server, tmp_path):
-    write_mnist(server[0])
-    serve(monkeypatch, server, "mnist", {p.name: p.read_bytes() for p in server[0].iterdir()})
-    assert len(load("mnist", "train", root=tmp_path / "new", download=True)) == 4
-    assert len(list((tmp_path / "new/MNIST/raw").iterdir())) == 2
-
-
-def test_without_the_option_nothing_is_downloaded(monkeypatch, server, tmp_path):
-    serve(monkeypatch, server, "cifar10", {"a.tar.gz": tar({"cifar-10-batches-bin/test_batch.bin": b""})})
-    with pytest.raises(DataError, match=r"data\.download=true"):
-        load("cifar10", "test", root=tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_changed_download_is_refused_and_leaves_nothing(monkeypatch, server, tmp_path):
-    serve(monkeypatch, server, "mnist", {"train-images-idx3-ubyte.gz": b"as published"})
-    (server[0] / "train-images-idx3-ubyte.gz").write_bytes(b"as published, cut")
-    with pytest.raises(DataError, match=r"sha256 .* expected"):
-        load("mnist", "train", root=tmp_path / "new", download=True)
-    assert [p for p in (tmp_path / "new").rglob("*") if p.is_file()] == []
-
-
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9/x.tar.gz", "http://no-such-host.invalid/x.tar.gz"])
-def test_a_network_failure_is_one_line_that_names_the_address(monkeypatch, tmp_path, address):
-    monkeypatch.setitem(data.DOWNLOADS, "cifar10", {address: "0" * 64})
-    with pytest.raises(DataError, match="the download failed") as caught:
-        load("cifar10", "test", root=tmp_path / "new", download=True)
-    assert str(caught.value).startswith(address)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_page_is_a_failed_download(monkeypatch, server, tmp_path):
-    monkeypatch.setitem(data.DOWNLOADS, "cifar10", {f"{server[1]}/gone.tar.gz": "0" * 64})
-    with pytest.raises(DataError, match="404"):
-        load("cifar10", "test", root=tmp_path / "new", download=True)
-
-
-def test_an_archive_cannot_write_outside_its_folder(monkeypatch, server, tmp_path):
-    archive = tar({"cifar-10-batches-bin/test_batch.bin": b"", "../../escaped": b"!"})
-    serve(monkeypatch, server, "cifar10", {"x.tar.gz": archive})
-    with pytest.raises(DataError, match="outside the destination"):
-        load("cifar10", "test", root=tmp_path / "new", download=True)
-    assert not list(tmp_path.rglob("escaped"))
-
-
-def test_a_root_that_cannot_be_written_is_a_data_error(monkeypatch, server, tmp_path):
-    serve(monkeypatch, server, "cifar10", {"x.tar.gz": tar({})})
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(DataError, match="cannot be filled"):
-        load("cifar10", "test", root=tmp_path / "file", download=True)
-
-
-@needs_source
-def test_the_digests_of_the_mnist_downloads_are_those_of_the_official_files():
-    for url, digest in data.DOWNLOADS["mnist"].items():
-        assert sha256((SOURCE / "mnist" / url.rpartition("/")[2]).read_bytes()).hexdigest() == digest
 
 
 # ------------------------------------------------------------------------------------------------ the embedded sample

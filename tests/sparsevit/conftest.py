@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsevit.model import BlockSize, Size, build, uniform_size
+from tests.sparsevit.whole_runs import SHORT, whole
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +88,18 @@ def tiny_run(tiny, tmp_path_factory):
     with Run(folder, config, "test") as run:
         train(config, run)
     return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory, tiny):
+    """The folder of a pre-training, so that not every run makes it."""
+    folder = tmp_path_factory.mktemp("cache") / "run"
+    whole(folder, tiny("none", *SHORT))
+    return folder.parent / "pretrained"
+
+
+@pytest.fixture
+def place(tmp_path, cache):
+    """A folder for runs that have the pre-training already."""
+    (tmp_path / "pretrained").symlink_to(cache)
+    return tmp_path

@@ -18,26 +18,8 @@ from sparsevit.fit import Fit
 from sparsevit.model import build
 from sparsevit.prune import Sweep, groups_of
 from sparsevit.shrink import load_network
-from sparsevit.train import main, train
-
-TIMED = ("seconds", "peak_memory_bytes", "command", "commit")
-
-
-def figures_of(folder):
-    """All that a run says of itself but the time."""
-    results = json.loads((folder / "results.json").read_text())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "results": {key: value for key, value in results.items() if key not in TIMED},
-        "metrics": rows,
-        "files": {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")},
-    }
-
-
-def whole(folder, config, previous=False):
-    with Run(folder, config, "test") as run:
-        train(config, run, previous)
-    return figures_of(folder)
+from sparsevit.train import train
+from tests.sparsevit.whole_runs import SHORT, figures_of, whole
 
 
 class StoppedRun(Run):
@@ -62,25 +44,6 @@ def stop(folder, config, looks):
         assert not (folder / "results.json").exists()
         return True
     return False
-
-
-SHORT = ("prune={set: authors, pruners: [global_l1, wanda], ratios: [0.5], removals: [neurons, heads], "
-         "removal_ratios: [0.5], calibration_images: 40, recover: {epochs: 1, pruners: [global_l1, neurons], "
-         "ratios: [0.5]}}",)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory, tiny):
-    """The folder of a pre-training, so that not every run of this file makes it."""
-    folder = tmp_path_factory.mktemp("cache") / "run"
-    whole(folder, tiny("none", *SHORT))
-    return folder.parent / "pretrained"
-
-
-@pytest.fixture
-def place(tmp_path, cache):
-    (tmp_path / "pretrained").symlink_to(cache)
-    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -309,58 +272,3 @@ def test_what_a_run_saves_is_what_it_says(tiny_run, tiny):
     mean = sum(figures[f"global_l1.{r}.accuracy"] for r in (10, 20, 30, 40, 50)) / 5
     assert figures["global_l1.mean_10_50"] == pytest.approx(mean)
     assert figures["global_l1.80.drop"] == pytest.approx(figures["dense.accuracy"] - figures["global_l1.80.accuracy"])
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-def test_the_command_trains_reports_a_finished_run_and_refuses_another_configuration(place, tiny, capsys, monkeypatch):
-    overrides = [*map(str, tiny.overrides), *SHORT]
-    command = ["--config", "smoke", "--out", str(place), *overrides]
-    assert main(command) == 0
-    (folder,) = (path.parent for path in place.glob("sparsevit/*/results.json"))
-    assert "dense" in capsys.readouterr().out
-    assert main(command) == 0
-    assert "already finished" in capsys.readouterr().out
-    assert main(["--resume", str(folder)]) == 0
-    assert main(["--resume", str(folder), "epochs=7"]) == 2
-    assert "epochs: 2 -> 7" in capsys.readouterr().err
-
-
-def test_a_dry_run_counts_and_writes_nothing(tmp_path, capsys):
-    assert main(["--config", "smoke", "--dry-run", "--out", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    assert "# parameters" in out
-    assert "# steps            16 of fine-tuning" in out
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_dry_run_shows_the_configuration_even_where_the_data_is_missing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
-    assert main(["--config", "smoke", "--dry-run", "data.name=cifar10"]) == 2
-    printed = capsys.readouterr()
-    assert "name: cifar10" in printed.out
-    assert "set DATA_ROOT" in printed.err
-
-
-def test_a_dry_run_finds_weights_in_the_home_folder(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    from sparsevit.model import uniform_size
-
-    save_file(build(uniform_size(28, 1, 7, 16, 2, 2, 32, 10), 0).state_dict(), tmp_path / "w.safetensors")
-    assert main(["--config", "smoke", "--dry-run", "pretrain=null", "weights={path: ~/w.safetensors}"]) == 0
-    assert str(tmp_path / "w.safetensors") in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [("model.heads=3", "3 heads do not divide a width of 16"), ("model.patch=5", "cannot be cut into patches of 5"),
-     ("recipe={name: authors}", "warm-up"), ("data.val_images=33", "not a multiple"),
-     ("weights={path: x.safetensors}", "both given")],
-)  # fmt: skip
-def test_what_cannot_be_trained_is_refused_in_one_line_with_exit_code_2(override, message, capsys):
-    assert main(["--config", "smoke", "--dry-run", override]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
