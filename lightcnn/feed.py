@@ -29,10 +29,9 @@ def at_once(device: torch.device, networks: int) -> int:
 
 
 def frozen_levels(step: Step) -> tuple[str, ...]:
-    """The levels from the bottom that stand still in this phase."""
-    levels = step.network.levels
-    first = next((n for n, level in enumerate(levels) if level in step.phase.trains), 0) if len(levels) > 1 else 0
-    return levels[:first]
+    """The levels from the bottom that stand still in this phase and draw nothing: their outputs never change."""
+    first = next((n for n, level in enumerate(step.network.levels) if level in step.phase.trains), 0)
+    return step.network.steady[:first]
 
 
 def live_levels(training: Training) -> tuple[str, ...]:
@@ -45,8 +44,8 @@ def live_levels(training: Training) -> tuple[str, ...]:
 def frozen_outputs(training: Training, problem: Problem, config: Config) -> list[Tensor] | None:
     """For each lane the outputs [N, ...] of the frozen layers on all images, or None where they do not fit.
 
-    The same computation as in every step, done once: nothing below is random, and the images of
-    stage 2 are not augmented.
+    The same computation as in every step, done once: they draw nothing, and the images of stage 2 are not
+    augmented.
     """
     step, levels = training.step, frozen_levels(training.step)
     if not levels:

@@ -25,6 +25,10 @@ class Network(Protocol):
         """The groups after which `forward` can be cut, to compute the frozen ones once; or one for all."""
 
     @property
+    def steady(self) -> tuple[str, ...]:
+        """The levels from the bottom on that draw nothing: those below dropout."""
+
+    @property
     def dropout(self) -> int:
         """The width of the layer with dropout, 0 where there is none of ours."""
 
@@ -50,6 +54,7 @@ class Submodels:
 
     groups = ("conv1", "conv2", "fc")
     levels = ("all",)
+    steady = ()
     dropout = 0
 
     def __init__(self, in_channels: int, image_size: int, num_classes: int, filters: tuple[int, int] = FILTERS) -> None:
@@ -76,6 +81,7 @@ class Merged:
 
     groups = GROUPS
     levels = GROUPS
+    steady = GROUPS[: GROUPS.index("fc1")]
     dropout = HIDDEN
 
     def __init__(self, in_channels: int, image_size: int, num_classes: int, activation: HeadActivation) -> None:
@@ -110,6 +116,7 @@ class Modules:
     """Any module, buffers included: a loop over the networks, no faster than one after the other."""
 
     levels = ("all",)
+    steady = ()
     dropout = 0
 
     def __init__(self, make: Callable[[int], nn.Module]) -> None:

@@ -106,6 +106,24 @@ def test_the_frozen_part_computed_once_gives_the_same_numbers(config_of, problem
         assert [e.loss for r in a for e in r] == [pytest.approx(e.loss, abs=1e-5) for r in b for e in r]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "cached"),
+    [("literal", (False, True, True, True, True, False)), ("notebook", (False, False, False)),
+     ("all_at_once", (False, False, False))],
+)  # fmt: skip
+def test_the_frozen_part_ends_below_dropout_whatever_the_schedule(schedule, cached, config_of, problem_of, run_phases):
+    """The phase that trains the last layer alone has dropout before it, so that layer's input changes every time."""
+    configs = [config_of(f"method={schedule}", "stage2.max_epochs=2", f"stage2.cache_mib={mib}") for mib in (0, 1000)]
+    problem = problem_of(configs[0])
+    (slow, _, slow_epochs), (fast, fast_states, fast_epochs) = (run_phases(c, problem) for c in configs)
+    assert tuple(s.inputs is not None for s in fast_states) == cached
+    assert slow.keys() == fast.keys()
+    for point in slow:
+        assert largest_difference(slow[point], fast[point]) < 1e-5
+    for a, b in zip(slow_epochs, fast_epochs, strict=True):
+        assert [e.loss for r in a for e in r] == [pytest.approx(e.loss, abs=1e-5) for r in b for e in r]
+
+
 def test_the_next_phase_starts_where_the_kept_epoch_ended(config_of, problem_of, run_phases):
     """The loss just after a transition is the one just before it: nothing but the kept weights goes over."""
     config = config_of("stage2.max_epochs=3")
