@@ -1,7 +1,7 @@
 # `make` prints what there is to do. Every target sets up what it needs.
 
 PYTHON ?= python3
-SCALE  ?= auto
+SCALE  ?= mini
 STUDY  ?= main
 BIN    := .venv/bin
 UV     := $(shell command -v uv || echo .uv/bin/uv)
@@ -11,7 +11,7 @@ UV     := $(shell command -v uv || echo .uv/bin/uv)
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  SCALE=smoke takes seconds, mini minutes on a CPU, paper needs a GPU; auto chooses by what is here."
+	@echo "  SCALE=smoke takes seconds; mini, the default, minutes; paper hours (LightCNN) or a GPU and days to months."
 
 setup: .venv/ready ## make the locked environment in .venv (installs uv if it is missing)
 

@@ -44,14 +44,14 @@ def jobs_of(config_path: Path, methods: Sequence[str], seeds: int, out: Path) ->
     from shared.run import folder_name
     from shared.study import Job
 
-    own = load(config_path, Config).method.name
-    jobs = []
+    config, jobs = load(config_path, Config), []
+    own = config.method.name
     for seed in range(seeds):
         for method in methods:
             overrides = [f"seed={seed}", *([f"method={method}"] if method != own else [])]
             folder = out / "fedloge" / folder_name(config_path.stem, method, seed, overrides)
             arguments = ("--config", shown(config_path), "--out", str(out), *overrides)
-            jobs.append(Job(method, seed, folder, arguments))
+            jobs.append(Job(method, seed, folder, arguments, config.device))
     return jobs
 
 
@@ -92,7 +92,7 @@ def report_of(
     judgements = [
         judge(claim, figures, statistics) for claim in all_claims(classes, width, sparsity, "fedbn" in methods)
     ]
-    judgements.sort(key=lambda item: item.verdict == "not run at this scale")
+    judgements.sort(key=lambda item: item.verdict == "not run")
     about = (
         f"Accuracy in %, mean ± deviation over seeds; each run's figure is the mean of its last {config.evaluate.last} "
         f"evaluated rounds on the balanced test set (GM) or the mean over clients on their own (PM). "
@@ -121,7 +121,7 @@ def report(
     draw([job.folder for job in done], folder / "plots")
     shared_report.show(f"{config_path.stem}: accuracy in % (mean ± deviation over seeds)", found.table)
     shared_report.show(f"{config_path.stem}: the paper's claims", shared_report.claim_table(found.judgements))
-    print(f"{len(done)} of {len(jobs)} runs; report in {folder}")
+    print(f"{len(done)} runs; report in {folder}")
 
 
 def plan_of(config_name: str) -> Plan:
@@ -147,12 +147,12 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     def one(name: str) -> int:
         path = find_config(name, "fedloge")
         jobs = jobs_of(path, methods, asked.seeds or plan.seeds, asked.out)
-        failed = run_study("fedloge.train", path.stem, jobs, asked.workers)
+        good = run_study("fedloge.train", path.stem, jobs, asked.workers)
         folder = asked.out / "fedloge" / f"report-{path.stem}{'-partial' if partial else ''}"
-        report(path, methods, jobs, plan.statistics, folder, command_line("fedloge.reproduce", arguments))
+        report(path, methods, good, plan.statistics, folder, command_line("fedloge.reproduce", arguments))
         if asked.publish:
-            publish(folder, "fedloge", path.stem, jobs, failed)
-        return failed
+            publish(folder, "fedloge", path.stem, jobs, len(jobs) - len(good))
+        return len(jobs) - len(good)
 
     return 1 if run_configurations([asked.config] if asked.config else plan.configs, one) else 0
 

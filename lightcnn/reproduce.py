@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,7 +69,8 @@ def jobs_of(part: Slice, path: Path, out: Path) -> "list[Job]":
         overrides += [f"seeds={part.seeds}"] if part.seeds != config.seeds else []
         overrides += equal_epochs(method, config, part.epochs)
         folder = out / "lightcnn" / folder_name(path.stem, method, config.seed, overrides)
-        jobs.append(Job(method, config.seed, folder, ("--config", shown(path), "--out", str(out), *overrides)))
+        arguments = ("--config", shown(path), "--out", str(out), *overrides)
+        jobs.append(Job(method, config.seed, folder, arguments, config.device))
     return jobs
 
 
@@ -135,7 +135,7 @@ def report_of(
     figures = shared_report.figures_of(rows, "final")
     claimed = all_claims(load(path, Config).data.name, data["image"][0])
     judgements = [judge(claim, figures, statistics) for claim in claimed]
-    judgements.sort(key=lambda item: item.verdict == "not run at this scale")
+    judgements.sort(key=lambda item: item.verdict == "not run")
     about = (
         f"Accuracy in %, mean ± deviation over seeds, on {data['test_images']:,} test images that were read "
         f"once; epochs were chosen on {data['validation_images']:,} validation images. Rows of fewer seeds "
@@ -161,7 +161,7 @@ def report(path: Path, jobs: "Sequence[Job]", statistics: bool, folder: Path, co
     draw_all([job.folder for job in done], folder / "plots")
     shared_report.show(f"{path.stem}: accuracy in % (mean ± deviation over seeds)", found.table)
     shared_report.show(f"{path.stem}: the paper's claims", shared_report.claim_table(found.judgements))
-    print(f"{len(done)} of {len(jobs)} runs; report in {folder}")
+    print(f"{len(done)} runs; report in {folder}")
 
 
 def chosen_slices(asked: argparse.Namespace, scale: str) -> list[Slice]:
@@ -234,22 +234,24 @@ def run_reproduce(arguments: Sequence[str]) -> int:
         return reproduce_budget(asked, scale, command_line("lightcnn.reproduce", arguments))
     partial = check_study(asked, METHODS)
     parts = chosen_slices(asked, scale)
-    paths, failed = dict[str, Path](), Counter[str]()
+    paths = dict[str, Path]()
     jobs: dict[str, list[Job]] = {}
+    good: dict[str, list[Job]] = {}
     for part in parts:
         path = find_config(part.config, "lightcnn")
         own, paths[path.stem] = jobs_of(part, path, asked.out), path
         jobs.setdefault(path.stem, []).extend(own)
-        failed[path.stem] += run_study("lightcnn.train", f"{path.stem}, {part.seeds} seeds a run", own, asked.workers)
+        name = f"{path.stem}, {part.seeds} seeds a run"
+        good.setdefault(path.stem, []).extend(run_study("lightcnn.train", name, own, asked.workers))
 
     def one(stem: str) -> int:
-        path, own = paths[stem], jobs[stem]
+        path, own, failed = paths[stem], jobs[stem], len(jobs[stem]) - len(good[stem])
         folder = asked.out / "lightcnn" / f"report-{path.stem}{'-partial' if partial else ''}"
         statistics = path.stem not in WITHOUT_STATISTICS
-        report(path, own, statistics, folder, command_line("lightcnn.reproduce", arguments))
+        report(path, good[stem], statistics, folder, command_line("lightcnn.reproduce", arguments))
         if asked.publish:
-            publish(folder, "lightcnn", stem, own, failed[stem])
-        return failed[stem]
+            publish(folder, "lightcnn", stem, own, failed)
+        return failed
 
     return 1 if run_configurations(list(jobs), one) else 0
 

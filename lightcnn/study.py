@@ -70,7 +70,7 @@ def teacher_job(path: Path, config: Config, out: Path) -> Job:
     """The one teacher that all seeds share."""
     epochs = min(TEACHER_EPOCHS, method_of(config).epochs)
     layout = TEACHER_LAYOUTS[3 if config.data.name == "cifar10" else 1]
-    return job_of(TEACHER, 0, [f"method.layout={layout}", f"method.epochs={epochs}"], path, out)
+    return job_of(TEACHER, 0, [f"method.layout={layout}", f"method.epochs={epochs}"], path, config, out)
 
 
 def jobs_of(path: Path, config: Config, teacher: Path, out: Path, seeds: int | None) -> list[Job]:
@@ -81,15 +81,15 @@ def jobs_of(path: Path, config: Config, teacher: Path, out: Path, seeds: int | N
         if not rung.without:
             changes = [f"method.teacher={teacher}"]
         count = seeds or (SEEDS if rung.without else FINAL_SEEDS)
-        jobs += [job_of(rung.name, seed, changes, path, out) for seed in range(count)]
+        jobs += [job_of(rung.name, seed, changes, path, config, out) for seed in range(count)]
     return jobs
 
 
-def job_of(arm: str, seed: int, changes: Sequence[str], path: Path, out: Path) -> Job:
+def job_of(arm: str, seed: int, changes: Sequence[str], path: Path, config: Config, out: Path) -> Job:
     """One training command."""
     overrides = [f"seed={seed}", *changes]
     folder = out / "lightcnn" / folder_name(path.stem, "budget", seed, overrides)
-    return Job(arm, seed, folder, ("--config", shown(path), "--out", str(out), *overrides))
+    return Job(arm, seed, folder, ("--config", shown(path), "--out", str(out), *overrides), config.device)
 
 
 def method_of(config: Config) -> BudgetConfig:
@@ -106,7 +106,7 @@ def run_budget(path: Path, out: Path, workers: int, seeds: int | None, command: 
     jobs = jobs_of(path, config, teacher.folder, out, seeds)
     print(f"{path.stem}: a teacher, then {len(jobs)} runs of {len(RUNGS)} rungs", flush=True)
     outcomes = run_jobs("lightcnn.train", [teacher], workers) | run_jobs("lightcnn.train", jobs, workers)
-    done = finished([teacher, *jobs])
+    done = finished([job for job in (teacher, *jobs) if outcomes[job.name].code == 0])
     folder = out / "lightcnn" / f"report-{path.stem}{'-partial' if seeds else ''}"
     report(path, done, folder, command)
     return folder, [teacher, *jobs], sum(outcome.code != 0 for outcome in outcomes.values())

@@ -77,10 +77,10 @@ def jobs_of(study: Study) -> "list[Job]":
     for seed in range(study.seeds):
         for arm, changes in study.arms.items():
             overrides = [f"seed={seed}", *changes]
-            method = load(study.config_path, Config, overrides).method.name
-            folder = study.out / "mdcs" / folder_name(study.config_path.stem, method, seed, overrides)
+            config = load(study.config_path, Config, overrides)
+            folder = study.out / "mdcs" / folder_name(study.config_path.stem, config.method.name, seed, overrides)
             arguments = ("--config", shown(study.config_path), "--out", str(study.out), *overrides)
-            jobs.append(Job(arm, seed, folder, arguments))
+            jobs.append(Job(arm, seed, folder, arguments, config.device))
     return jobs
 
 
@@ -160,8 +160,8 @@ def report_of(study: Study, rows: "Sequence[Row]", command: str) -> "Report":
     claims_asked = MAIN_CLAIMS if study.name == "main" else ALL_CLAIMS
     judgements = [judge(claim, figures, study.statistics) for claim in claims_asked]
     if not study.whole:  # what it does not ask is not "not run"
-        judgements = [j for j in judgements if j.verdict != "not run at this scale" and not isinstance(j.claim, Fact)]
-    judgements.sort(key=lambda item: item.verdict == "not run at this scale")
+        judgements = [j for j in judgements if j.verdict != "not run" and not isinstance(j.claim, Fact)]
+    judgements.sort(key=lambda item: item.verdict == "not run")
     return shared_report.Report(f"MDCS, `{study.title}`", about, table, judgements)
 
 
@@ -178,7 +178,7 @@ def report(study: Study, jobs: "Sequence[Job]", command: str) -> None:
         shared_report.show(f"{study.title}: the paper's claims", shared_report.claim_table(found.judgements))
     done = {job: job.folder for job in jobs if (job.folder / "results.json").exists()}
     draw([(job.group, path) for job, path in done.items()], folder / "plots")
-    print(f"{len(done)} of {len(jobs)} runs; report in {folder}")
+    print(f"{len(done)} runs; report in {folder}")
 
 
 def plan_of(config_name: str) -> Plan:
@@ -242,12 +242,12 @@ def run_reproduce(arguments: Sequence[str]) -> int:
 
     def one(stem: str) -> int:
         study, jobs = studies[stem], jobs_of(studies[stem])
-        failed = run_study("mdcs.train", stem, jobs, asked.workers)
-        report(study, jobs, command_line("mdcs.reproduce", arguments))
+        good = run_study("mdcs.train", stem, jobs, asked.workers)
+        report(study, good, command_line("mdcs.reproduce", arguments))
         if asked.publish:
             name = stem if study.name == "main" else f"{stem}_{study.name}"
-            publish(study.report_folder, "mdcs", name, jobs, failed)
-        return failed
+            publish(study.report_folder, "mdcs", name, jobs, len(jobs) - len(good))
+        return len(jobs) - len(good)
 
     return 1 if run_configurations(list(studies), one) else 0
 

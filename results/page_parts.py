@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 
 VERDICTS: Mapping[str, tuple[str, str]] = {  # class, and a sign that needs no colour
     "reproduced": ("yes", "✓"), "not reproduced": ("no", "✕"), "inconclusive": ("open", "~"),
-    "not run at this scale": ("none", "–"),
+    "not run": ("none", "–"),
 }  # fmt: skip
 NUMBER = re.compile(r"[-+±\d.,e%\[\]()×k ]*\d[-+±\d.,e%\[\]() ]*(?:points|us|ms|s)?|-|–")
 INTERVAL = re.compile(r"([+-][\d.]+) ± ([\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\] points")

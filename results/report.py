@@ -22,7 +22,7 @@ from shared.errors import DataError
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = Path("results/report/index.html")
 LARGEST = 8 * 2**20
-NOT_RUN = "not run at this scale"
+NOT_RUN = "not run"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 INTRODUCTION = ("The paper in a screen",)
 PROTOCOL = ("Methods", "Results", "Real ")

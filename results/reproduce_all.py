@@ -26,14 +26,14 @@ from shared.study import PROGRESS, choose_scale, progress_of
 
 NAMES = {paper: said[0].partition(",")[0] for paper, said in MAIN.items()}
 HEAD = ["paper", "claim", "paper's number", "ours", "n", "verdict"]
-NOT_RUN = "not run at this scale"
-OUT = Path("runs")
+NOT_RUN = "not run"
+OUT, LOG = Path("runs"), "reproduce.txt"
 POLL_SECONDS, SAVING_SECONDS = 0.2, 60
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How one paper's study ended: exit code, seconds, the last line that it printed, and the reports it wrote."""
+    """How one paper's study ended: exit code, seconds, the line that says why, and the reports it wrote."""
 
     code: int
     seconds: float
@@ -68,7 +68,7 @@ def stopped_with_us(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 def run_paper(paper: str, asked: argparse.Namespace, scale: str, display: "Display") -> Ending:
     """Run one study to its end, whatever that is."""
     folder, began, started = asked.out / paper, time.time(), time.monotonic()
-    log = folder / "reproduce.txt"
+    log = folder / LOG
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PROGRESS).unlink(missing_ok=True)
     with open(log, "wb") as file:
@@ -79,9 +79,15 @@ def run_paper(paper: str, asked: argparse.Namespace, scale: str, display: "Displ
                 time.sleep(POLL_SECONDS)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     reports = tuple(sorted(p.parent for p in folder.glob("report-*/methods.md") if p.stat().st_mtime >= began - 1))
-    ending = Ending(process.returncode, time.monotonic() - started, lines[-1] if lines else "", reports)
+    ending = Ending(process.returncode, time.monotonic() - started, reason(lines), reports)
     display.end(paper, ending, log)
     return ending
+
+
+def reason(lines: Sequence[str]) -> str:
+    """Of what a study printed, the line that says why it failed: the first failed run, else an error, else the last."""
+    told = [line.removeprefix(start) for start in ("failed: ", "error: ") for line in lines if line.startswith(start)]
+    return (told or [*lines[-1:], ""])[0]
 
 
 def said_by(folder: Path) -> str:
@@ -96,10 +102,11 @@ class Display:
     """A bar for each paper on a terminal; elsewhere a line when a study ends."""
 
     def __init__(self, papers: Sequence[str]) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
         columns = ("{task.fields[paper]:<10}", BarColumn(), TimeElapsedColumn(), "{task.description}")
-        self.bar = Progress(*columns, disable=not sys.stderr.isatty())
+        self.bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
         self.tasks = {p: self.bar.add_task("waiting", total=1, start=False, paper=NAMES[p]) for p in papers}
 
     def show(self, paper: str, share: float, text: str) -> None:
@@ -140,17 +147,17 @@ def final_table(endings: dict[str, Ending]) -> tuple[Table, str]:
     rows = [[row[0].replace("`", ""), *row[1:]] for some, _ in found for row in some]
     counts, left = Counter(row[-1] for row in rows), sum(number for _, number in found)
     said = ", ".join(f"{counts[name]} {name}" for name in ("reproduced", "inconclusive", "not reproduced"))
-    return [HEAD, *rows], said + (f"; {left} claims need a larger scale than this one" if left else "")
+    return [HEAD, *rows], said + (f"; {left} claims were not judged at this scale" if left else "")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the studies of all papers; exit code 1 if one failed, whatever the verdicts."""
     parser = argparse.ArgumentParser(prog="python results/reproduce_all.py", description=main.__doc__)
     parser.add_argument(
-        "--scale", default="auto", help="auto, smoke (seconds), mini (minutes a paper), paper (hours to days)"
+        "--scale", default="auto", help="smoke (seconds), mini (minutes a paper), paper (hours to months)"
     )
     parser.add_argument("--papers", nargs="+", choices=PAPERS, default=list(NAMES), help="some of them")
-    parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one a core)")
+    parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one a core; on a GPU one)")
     parser.add_argument("--out", type=Path, default=OUT, help="runs and reports go below it (runs)")
     asked = parser.parse_args(arguments)
     scale, why = choose_scale(asked.scale)
@@ -164,7 +171,9 @@ def main(arguments: Sequence[str]) -> int:
     show(f"scale {scale}: what holds", table)
     print(f"{said}. {time.monotonic() - started:.0f} s; reports and plots in {asked.out}/<paper>/report-*")
     for paper in (failed := [paper for paper, ending in endings.items() if ending.code]):
-        print(f"failed: {NAMES[paper]}: {endings[paper].last}; the same command goes on", file=sys.stderr)
+        log = asked.out / paper / LOG
+        print(f"failed: {NAMES[paper]}: {endings[paper].last}\n  all of it in {log}; mended, the same command goes on",
+              file=sys.stderr)  # fmt: skip
     return 1 if failed else 0
 
 

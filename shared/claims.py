@@ -10,7 +10,7 @@ from typing import Literal
 
 from shared.metrics import PairedDifference, mean_and_std, paired_difference
 
-Verdict = Literal["reproduced", "not reproduced", "inconclusive", "not run at this scale"]
+Verdict = Literal["reproduced", "not reproduced", "inconclusive", "not run"]
 Figures = Mapping[str, Mapping[int, float]]  # "method/metric" -> seed -> value
 Opponent = str | tuple[str, ...] | float
 MIN_SEEDS = 3
@@ -64,12 +64,12 @@ def judge(claim: Claim, figures: Figures, statistics: bool = True) -> Judgement:
     if isinstance(claim, Fact):
         return _judge_fact(claim, figures)
     if not statistics:
-        return Judgement(claim, "-", 0, "not run at this scale")
+        return Judgement(claim, "-", 0, "not run")
     left = figures.get(claim.left, {})
     name, right = _opponent(claim.right, figures, left)
     seeds = sorted(set(left) & set(right))
     if len(seeds) < MIN_SEEDS:
-        return Judgement(claim, f"{len(seeds)} paired seeds", len(seeds), "not run at this scale")
+        return Judgement(claim, f"{len(seeds)} paired seeds", len(seeds), "not run")
     difference = paired_difference([left[s] for s in seeds], [right[s] for s in seeds])
     ours = show_difference(difference, claim.percent) + (" points" if claim.percent else "")
     if isinstance(claim.right, tuple):
@@ -92,7 +92,7 @@ def _opponent(right: Opponent, figures: Figures, left: Mapping[int, float]) -> t
 def _judge_fact(claim: Fact, figures: Figures) -> Judgement:
     values = list(figures.get(claim.figure, {}).values())
     if not values:
-        return Judgement(claim, "-", 0, "not run at this scale")
+        return Judgement(claim, "-", 0, "not run")
     below = all(value <= claim.value + claim.tolerance for value in values)
     above = all(value >= claim.value - claim.tolerance for value in values)
     holds = {"==": below and above, "<=": below, ">=": above}[claim.relation]

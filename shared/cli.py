@@ -22,7 +22,10 @@ def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | No
     """Run an entry point: 0 done, 2 something the user can mend (one line on stderr), 130 / 143 interrupted."""
     try:
         return main(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UserError, OSError) as error:  # of the latter, what no code foresaw: a folder that cannot be made
         lines = str(error).splitlines()
         print("error:", "\n  ".join([f"{len(lines)} problems", *lines] if len(lines) > 1 else lines), file=sys.stderr)
         return 2
@@ -34,9 +37,6 @@ def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | No
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def train_parser(package: str, example: str) -> argparse.ArgumentParser:
@@ -111,11 +111,11 @@ def eval_parser(package: str, description: str) -> argparse.ArgumentParser:
 def study_parser(package: str, description: str, unit: str = "methods") -> argparse.ArgumentParser:
     """The arguments of every `<package>.reproduce`; `unit` is what it calls the columns of its study."""
     parser = argparse.ArgumentParser(prog=f"python -m {package}.reproduce", description=description)
-    parser.add_argument("--scale", default="auto", help="auto, smoke (seconds), mini (minutes on a CPU), paper (hours)")
+    parser.add_argument("--scale", default="auto", help="smoke (seconds), mini (minutes), paper (hours to months)")
     parser.add_argument("--config", help="one configuration instead of the scale's own")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"some {unit} instead of the scale's own")
     parser.add_argument("--seeds", type=int, help="number of seeds instead of the scale's own")
-    parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one a core)")
+    parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one a core; on a GPU one)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="runs and report go below it (runs)")
     parser.add_argument("--publish", action="store_true", help=f"put the report into results/{package}/<config>")
     return parser

@@ -32,12 +32,16 @@ Scale = Literal["smoke", "mini", "paper"]
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a study: `module.main(arguments)`, which writes `folder`; jobs of a `group` take about as long."""
+    """One run of a study: `module.main(arguments)`, which writes `folder`; jobs of a `group` take about as long.
+
+    `device` is the configuration's.
+    """
 
     group: str
     seed: int
     folder: Path
     arguments: tuple[str, ...]
+    device: str = "auto"
 
     @property
     def name(self) -> str:
@@ -67,19 +71,19 @@ def choose_scale(asked: str) -> tuple[Scale, str]:
         return cast(Scale, asked), f"scale {asked}, as asked"
     if asked != "auto":
         raise ConfigError(f"--scale {asked}: is not a scale; choose from auto, smoke, mini, paper")
-    if torch.cuda.is_available():
-        return "paper", f"scale paper: a GPU is here ({torch.cuda.get_device_name()}); SCALE=mini for the small study"
-    return "mini", "scale mini: no GPU is here; SCALE=smoke takes seconds, SCALE=paper is the paper's protocol"
+    # On a GPU too: a paper's whole protocol is days to months of one, which nobody should start by a bare command.
+    return "mini", "scale mini: no other was asked; SCALE=smoke takes seconds, SCALE=paper is the paper's protocol"
 
 
 def run_jobs(module: str, jobs: Sequence[Job], workers: int = 0) -> dict[str, Outcome]:
-    """Run all jobs, `workers` at a time (0: one a core, or one in all on a GPU); returns job name -> outcome.
+    """Run all jobs, `workers` at a time (0: one a core, or one in all if they use a GPU); returns job name -> outcome.
 
     Ctrl-C or SIGTERM stops the running jobs, which save their states, and is raised again; the same command continues.
     """
     if workers < 0:
         raise ConfigError(f"--workers {workers}: give the number of runs side by side, or 0 for one a core")
-    workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1))
+    on_gpu = torch.cuda.is_available() and any(job.device != "cpu" for job in jobs)
+    workers = min(len(jobs), workers or (1 if on_gpu else os.cpu_count() or 1))
     context = multiprocessing.get_context("forkserver")
     # A process that asks torch for determinism loads the compiler, a second each: load it once for all.
     context.set_forkserver_preload(["torch", "torch._inductor", module])
@@ -105,15 +109,18 @@ def run_jobs(module: str, jobs: Sequence[Job], workers: int = 0) -> dict[str, Ou
     return outcomes
 
 
-def run_study(module: str, name: str, jobs: Sequence[Job], workers: int) -> int:
-    """`run_jobs` with a line before and a line after; returns how many failed."""
-    there = sum((job.folder / "results.json").exists() for job in jobs)
-    arms = len({job.group for job in jobs})
+def run_study(module: str, name: str, jobs: Sequence[Job], workers: int) -> list[Job]:
+    """`run_jobs` with a line before and a line after; returns the jobs that ended well.
+
+    Only those belong in the report: what the folder of another holds may be a run of other settings.
+    """
+    there, arms = sum((job.folder / "results.json").exists() for job in jobs), len({job.group for job in jobs})
     print(f"{name}: {len(jobs)} runs, {arms} methods; {there} were finished before", flush=True)
     started = time.monotonic()
-    failed = sum(outcome.code != 0 for outcome in run_jobs(module, jobs, workers).values())
-    print(f"{time.monotonic() - started:.0f} s for {name}", flush=True)
-    return failed
+    outcomes = run_jobs(module, jobs, workers)
+    good = [job for job in jobs if outcomes[job.name].code == 0]
+    print(f"{name}: {len(good)} of {len(jobs)} runs, {time.monotonic() - started:.0f} s", flush=True)
+    return good
 
 
 def run_configurations(names: Sequence[str], one: Callable[[str], int]) -> int:
@@ -231,10 +238,11 @@ class _Display:
     """
 
     def __init__(self, total: int, folder: Path | None) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
         columns = ("runs", BarColumn(), "{task.completed:.0f}/{task.total}", TimeElapsedColumn(), "{task.description}")
-        self.bar = Progress(*columns, disable=not sys.stderr.isatty())
+        self.bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
         self.task, self.total, self.next = self.bar.add_task("", total=total), total, time.monotonic() + 5
         self.file, self.written = folder / PROGRESS if folder else None, 0.0
 
@@ -242,10 +250,8 @@ class _Display:
         """Say how far the study is."""
         done = len(outcomes) + sum(progress_of(item.job.folder) for item in running)
         failed = sum(outcome.code != 0 for outcome in outcomes.values())
-        text = "measuring"
-        if left is not None:
-            text = f"about {left:.0f} s left" if left < 90 else f"about {left / 60:.0f} min left"
-        text += f", {failed} failed" if failed else ""
+        about = "" if left is None else f"about {left:.0f} s" if left < 90 else f"about {left / 60:.0f} min"
+        text = (f"{about} left" if about else "measuring") + (f", {failed} failed" if failed else "")
         self.bar.update(self.task, completed=done, description=f"{text}; {', '.join(i.job.name for i in running)}")
         if self.file and (time.monotonic() > self.written + 1 or not running):
             self.written = time.monotonic()

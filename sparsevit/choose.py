@@ -53,11 +53,11 @@ def candidates(grid: Mapping[str, tuple[float, ...]]) -> list[Candidate]:
     return [Candidate("none"), *(Candidate(arm, c) for arm, values in grid.items() for c in sorted(values))]
 
 
-def job_of(candidate: Candidate, seed: int, config_name: str, config: str, out: Path) -> Job:
+def job_of(candidate: Candidate, seed: int, config_name: str, config: str, out: Path, device: str) -> Job:
     """The training command of a candidate."""
     overrides = candidate.overrides(seed)
     folder = out / "sparsevit" / folder_name(config_name, candidate.arm, seed, overrides)
-    return Job("choose", seed, folder, ("--config", config, "--out", str(out), *overrides))
+    return Job("choose", seed, folder, ("--config", config, "--out", str(out), *overrides), device)
 
 
 def held_out_accuracy(folder: Path) -> float:
@@ -170,9 +170,10 @@ def choose(path: Path, shown_path: str, out: Path, workers: int, command: str,
     Raises:
         ConfigError: no images are held out, or a run that the choice needs did not finish.
     """
-    if not load(path, Config).data.val_images:
+    config = load(path, Config)
+    if not config.data.val_images:
         raise ConfigError(f"{path.name}: data.val_images is 0; a choice needs held-out images, never the test set")
-    jobs = {(c, s): job_of(c, s, path.stem, shown_path, out) for s in SEEDS for c in candidates(grid)}
+    jobs = {(c, s): job_of(c, s, path.stem, shown_path, out, config.device) for s in SEEDS for c in candidates(grid)}
     print(f"{path.stem}: {len(jobs)} runs, {len(candidates(grid))} candidates", flush=True)
     failed = sum(outcome.code != 0 for outcome in run_jobs("sparsevit.train", list(jobs.values()), workers).values())
     if failed:

@@ -45,13 +45,13 @@ def jobs_of(config_path: Path, methods: Sequence[str], seeds: int, out: Path) ->
     from shared.study import Job
     from sparsevit.config import Config
 
-    own = load(config_path, Config).method
-    jobs = []
+    config, jobs = load(config_path, Config), []
     for seed in range(seeds):
         for method in methods:
-            overrides = [f"seed={seed}", *([f"method={method}"] if method != own else [])]
+            overrides = [f"seed={seed}", *([f"method={method}"] if method != config.method else [])]
             folder = out / "sparsevit" / folder_name(config_path.stem, method, seed, overrides)
-            jobs.append(Job(method, seed, folder, ("--config", shown(config_path), "--out", str(out), *overrides)))
+            arguments = ("--config", shown(config_path), "--out", str(out), *overrides)
+            jobs.append(Job(method, seed, folder, arguments, config.device))
     return jobs
 
 
@@ -99,7 +99,7 @@ def report(config_path: Path, plan: Plan, jobs: "Sequence[Job]", folder: Path, c
     print(f"\n{told.verdict}\n\n{told.cautions}\n")
     for name in (n for n in study.TITLES if n in told.tables):
         shared_report.show(f"{config_path.stem}: {study.TITLES[name]}", told.tables[name])
-    print(f"{len(done)} of {len(jobs)} runs; report in {folder}")
+    print(f"{len(done)} runs; report in {folder}")
 
 
 def plan_of(config_name: str) -> Plan:
@@ -139,12 +139,12 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     def one(name: str) -> int:
         path = find_config(name, "sparsevit")
         jobs = jobs_of(path, plan.methods, plan.seeds, asked.out)
-        failed = run_study("sparsevit.train", path.stem, jobs, asked.workers)
+        good = run_study("sparsevit.train", path.stem, jobs, asked.workers)
         folder = asked.out / "sparsevit" / f"report-{path.stem}{'-partial' if partial else ''}"
-        report(path, plan, jobs, folder, command_line("sparsevit.reproduce", arguments))
+        report(path, plan, good, folder, command_line("sparsevit.reproduce", arguments))
         if asked.publish:
-            publish(folder, "sparsevit", path.stem, jobs, failed)
-        return failed
+            publish(folder, "sparsevit", path.stem, jobs, len(jobs) - len(good))
+        return len(jobs) - len(good)
 
     return 1 if run_configurations([asked.config] if asked.config else plan.configs, one) else 0
 

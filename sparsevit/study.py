@@ -73,7 +73,7 @@ def report_of(config_path: Path, methods: Sequence[str], rows: Sequence[Row], da
     config, figures = load(config_path, Config), figures_of(rows, "final")
     tokens = network_size(config.model, data["image"], data["channels"], 10).tokens
     judgements = [judge(c, figures, statistics) for c in all_claims(config_path.stem, tokens)]
-    judgements.sort(key=lambda item: item.verdict == "not run at this scale")
+    judgements.sort(key=lambda item: item.verdict == "not run")
     tables = {
         "methods": method_table(figures, methods, COLUMNS), "pruners": pruner_table(figures, config),
         "claims": claim_table(judgements),
@@ -204,7 +204,7 @@ def cautions(values: Figures, judgements: Sequence[Judgement]) -> str:
             f"+{MEANS['cifar10']}, +{MEANS['cifar100']} and +{MEANS['imagenet100']}, which are one run an arm."
         )
     text.append("All seeds start from the same pre-trained weights: the intervals hold for this one start.")
-    compared = sum(isinstance(item.claim, Comparison) and item.verdict != "not run at this scale"
+    compared = sum(isinstance(item.claim, Comparison) and item.verdict != "not run"
                    for item in judgements)  # fmt: skip
     if compared:
         text.append(

@@ -328,9 +328,9 @@ def test_the_page_says_how_comparisons_and_facts_are_judged_and_how_many_there_a
     rows = recompute.table_of(REPOSITORY / "results" / "papers.md")[1:]
     compared = sum("±" in row[3] for row in rows)
     assert f"{len(rows)} claims. {compared} are comparisons, judged by a difference over n seeds" in page.text
-    left = len(rows) - compared - sum(row[-1] == "not run at this scale" for row in rows)
+    left = len(rows) - compared - sum(row[-1] == "not run" for row in rows)
     assert (f"{left} are facts, such as a count, without an interval" in page.text) == (left > 1)
-    fact, other = ["p", "c", "-", "640", "5", "reproduced"], ["p", "c", "-", "-", "0", "not run at this scale"]
+    fact, other = ["p", "c", "-", "640", "5", "reproduced"], ["p", "c", "-", "-", "0", "not run"]
     assert "1 claims. 0 are comparisons" in report._judged([other])
     assert "fact" not in report._judged([other])
     assert " 1 is a fact, such as a count, without an interval" in report._judged([fact, other])

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,9 @@ folder.mkdir(parents=True)
 (out / paper / "progress.json").write_text(json.dumps({"done": 1, "total": 2, "text": "about 3 s left"}))
 for name, text in (("methods", "x"), ("summary", summary), ("claims", claims)):
     (folder / f"{name}.md").write_text(text)
+if code:
+    print("failed: mdcs-s0: the disk is full", file=sys.stderr, flush=True)
+    print("error: no run has finished", file=sys.stderr, flush=True)
 print("the last line of", paper)
 sys.exit(code)
 """
@@ -63,22 +67,31 @@ def test_the_command_of_a_study_is_the_one_of_its_package(tmp_path):
 
 def test_a_failure_stops_no_other_study_and_the_table_has_all_that_was_reported(tmp_path, studies, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    claims = CLAIMS + "| A first | s | - | - | - | not run at this scale |\n| B counts | s | 7 | 7 | 2 | reproduced |\n"
-    nothing = HEADLINES + "| FedLoGe, `mini` | A first | - | - | - | not run at this scale |\n"
+    claims = CLAIMS + "| A first | s | - | - | - | not run |\n| B counts | s | 7 | 7 | 2 | reproduced |\n"
+    nothing = HEADLINES + "| FedLoGe, `mini` | A first | - | - | - | not run |\n"
     judged = HEADLINES + "| MDCS, `mini` | C better | +5 | +1.00 ± 0.10 [+0.90, +1.10] | 4 | inconclusive |\n"
     studies |= {"fedloge": (nothing, claims, 0), "mdcs": (judged, claims, 1), "sparsevit": (judged, claims, 0)}
     arguments = ["--scale", "mini", "--out", str(tmp_path), "--papers", "fedloge", "mdcs", "sparsevit"]
     assert run_main(script.main, arguments) == 1
     printed = capsys.readouterr()
-    assert "failed: MDCS: the last line of mdcs; the same command goes on\n" in printed.err
-    assert "1 reproduced, 2 inconclusive, 0 not reproduced; 3 claims need a larger scale than this one" in printed.out
+    assert "failed: MDCS: mdcs-s0: the disk is full\n" in printed.err
+    assert f"all of it in {tmp_path / 'mdcs' / 'reproduce.txt'}; mended, the same command goes on\n" in printed.err
+    assert "1 reproduced, 2 inconclusive, 0 not reproduced; 3 claims were not judged at this scale" in printed.out
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.out.splitlines() if "│" in line]
     assert rows == [
         ["FedLoGe, mini", "B counts", "7", "7", "2", "reproduced"],
         ["MDCS, mini", "C better", "+5", "+1.00 ± 0.10 [+0.90, +1.10]", "4", "inconclusive"],
         ["MDCS, mini", "C better", "+5", "+1.00 ± 0.10 [+0.90, +1.10]", "4", "inconclusive"],
     ]
-    assert (tmp_path / "mdcs" / "reproduce.txt").read_text() == "the last line of mdcs\n"
+    assert (tmp_path / "fedloge" / "reproduce.txt").read_text() == "the last line of fedloge\n"
+    assert (tmp_path / "mdcs" / "reproduce.txt").read_text().count("\n") == 3
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_for_all_studies(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert run_main(script.main, ["--scale", "smoke", "--out", str(tmp_path / "file")]) == 2
+    assert re.fullmatch(r"error: .*Not a directory: .*file/fedloge.*\n", capsys.readouterr().err)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_report_of_an_earlier_run_is_not_taken_for_this_one(tmp_path, studies):

@@ -169,7 +169,7 @@ def names_of(claim: Comparison | Fact) -> set[str]:
 def test_every_figure_that_a_claim_names_is_measured_by_the_main_study_or_by_that_of_the_views(
     tmp_path, tiny_yaml, trained
 ):
-    """A claim about a figure that nothing writes would say "not run at this scale" for ever."""
+    """A claim about a figure that nothing writes would say "not run" for ever."""
     named = set().union(*map(names_of, ALL_CLAIMS))
     of_views = [arm for arm in VIEWS if arm not in MAIN and f"{arm}/ensemble.accuracy" in named]
     assert len(of_views) == 6
@@ -179,7 +179,7 @@ def test_every_figure_that_a_claim_names_is_measured_by_the_main_study_or_by_tha
     figures = shared_report.figures_of(collect(study, jobs, ""), "last_epoch")
     assert named <= set(figures), named - set(figures)
     assert all(len(figures[name]) == 3 for name in named if "study/" not in name or "cs_gain" in name)
-    assert all(judge(claim, figures).verdict != "not run at this scale" for claim in ALL_CLAIMS)
+    assert all(judge(claim, figures).verdict != "not run" for claim in ALL_CLAIMS)
     assert all(judge(c, figures).verdict == "reproduced" for c in ALL_CLAIMS if isinstance(c, Fact))
 
 
@@ -229,7 +229,7 @@ def test_a_whole_main_study_lists_all_claims_and_those_that_it_could_not_judge_c
 ):
     study = replace(study_of(tiny_yaml, tmp_path, ("mdcs", "dl_both"), seeds=3), partial=False)
     _, _, *rows = lines_of(study, trained(study))
-    left_out = [row[-1] == "not run at this scale |" for row in rows]
+    left_out = [row[-1] == "not run |" for row in rows]
     assert len(rows) == len(MAIN_CLAIMS)
     assert left_out == sorted(left_out)
     assert 0 < sum(left_out) < len(rows)

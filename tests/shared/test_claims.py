@@ -39,10 +39,10 @@ def test_differences_are_paired_by_seed_not_by_order():
 
 def test_fewer_than_three_pairs_or_a_scale_without_meaning_give_no_verdict():
     few = {0: 0.9, 1: 0.9, 7: 0.9}
-    assert verdict(few, BASE) == "not run at this scale"
-    assert verdict({}, BASE) == "not run at this scale"
-    assert verdict(BASE, {}) == "not run at this scale"
-    assert verdict(shifted(0.05), BASE, statistics=False) == "not run at this scale"
+    assert verdict(few, BASE) == "not run"
+    assert verdict({}, BASE) == "not run"
+    assert verdict(BASE, {}) == "not run"
+    assert verdict(shifted(0.05), BASE, statistics=False) == "not run"
     assert verdict(dict.fromkeys(range(3), 0.9), dict.fromkeys(range(3), 0.1)) == "reproduced"
 
 
@@ -58,7 +58,7 @@ def test_of_several_opponents_the_best_is_taken_and_named():
 @pytest.mark.parametrize("missing", [{}, {"c/x": {}}])
 def test_a_missing_opponent_does_not_make_a_claim_easier(missing):
     claim = Comparison("a above all", "Table 1", "a/x", ("b/x", "c/x"))
-    assert judge(claim, {"a/x": shifted(0.1), "b/x": BASE, **missing}).verdict == "not run at this scale"
+    assert judge(claim, {"a/x": shifted(0.1), "b/x": BASE, **missing}).verdict == "not run"
 
 
 def test_a_comparison_with_a_number_uses_it_for_every_seed():
@@ -72,7 +72,7 @@ def test_a_comparison_with_a_number_uses_it_for_every_seed():
         ("==", (10.0,), "reproduced"), ("==", (10.0, 10.5), "reproduced"), ("==", (10.0, 10.51), "not reproduced"),
         ("==", (9.49,), "not reproduced"), ("<=", (10.5, -99), "reproduced"), ("<=", (10.6,), "not reproduced"),
         (">=", (9.5, 99), "reproduced"), (">=", (9.4,), "not reproduced"), ("==", (math.nan,), "not reproduced"),
-        ("==", (), "not run at this scale"),
+        ("==", (), "not run"),
     ],
 )  # fmt: skip
 def test_a_fact_holds_in_every_run_within_its_tolerance_or_it_does_not(relation, values, expected):
@@ -83,7 +83,7 @@ def test_a_fact_holds_in_every_run_within_its_tolerance_or_it_does_not(relation,
 
 
 def test_a_fact_whose_figure_is_missing_is_not_run():
-    assert judge(Fact("ten", "-", "a/x", "==", 10), {}).verdict == "not run at this scale"
+    assert judge(Fact("ten", "-", "a/x", "==", 10), {}).verdict == "not run"
 
 
 def test_a_fact_shows_the_range_of_its_values():

@@ -198,14 +198,11 @@ def test_a_number_of_workers_below_none_is_refused_before_anything_runs(broken_m
         run_jobs(broken_module, [], workers)
 
 
-def test_a_scale_is_what_was_asked_and_auto_follows_the_device(monkeypatch):
+def test_a_scale_is_what_was_asked_and_auto_is_small_also_on_a_gpu(monkeypatch):
     assert [choose_scale(name)[0] for name in ("smoke", "mini", "paper")] == ["smoke", "mini", "paper"]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_scale("auto")[0] == "mini"
-    assert "no GPU" in choose_scale("auto")[1]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    assert choose_scale("auto")[0] == "paper"
-    assert "a card" in choose_scale("auto")[1]
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert choose_scale("auto")[0] == "mini"
+        assert "SCALE=paper" in choose_scale("auto")[1]
     with pytest.raises(ConfigError, match="choose from auto, smoke, mini, paper"):
         choose_scale("huge")
