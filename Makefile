@@ -50,7 +50,7 @@ reproduce-lightcnn: setup ## LightCNN: methods x seeds, table, verdicts, plots (
 reproduce-sparsevit: setup ## SparseViT: arms x seeds x pruners, table, verdicts, plots (STUDY=main, choose)
 	$(BIN)/python -m sparsevit.reproduce --scale $(SCALE) --study $(STUDY)
 
-bench: setup ## speed and memory, as ratios in one run
+bench: setup ## speed and memory, as ratios in one run; writes results/<paper>/benchmarks.*
 	$(BIN)/python benchmarks/fedloge_round.py
 	$(BIN)/python benchmarks/mdcs_step.py
 	$(BIN)/python benchmarks/lightcnn_step.py

@@ -200,8 +200,10 @@ def text_of(rows: Sequence[Mapping[str, Any]]) -> str:
     one = rows[0]
     text = (
         f"{one['device']}, {one['threads']} thread{'s' if int(one['threads']) > 1 else ''}, torch {one['torch']}, "
-        f"float32, commit {one['commit'][:10]}; medians of {one['n']} turns, all networks by turns. "
-        "kB are 1,000 bytes.\n"
+        f"float32, commit {one['commit'][:10]}; medians of {one['n']} turns, all networks by turns, after a warm-up of "
+        f"{FULL.calls} calls with one image and one with a batch. A turn of one image is the mean of {FULL.calls} "
+        "calls. Weights are random, dropout is off, and the peers from torchvision have their first strides dropped, "
+        "for small images. kB are 1,000 bytes.\n"
     )
     for case in dict.fromkeys(row["images"] for row in rows):
         text += f"\n**{case}**\n\n{markdown(table([row for row in rows if row['images'] == case]))}"

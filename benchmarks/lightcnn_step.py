@@ -1,12 +1,14 @@
 """What LightCNN's training costs, beside the usual ways to run it: `python benchmarks/lightcnn_step.py`.
 
 28 x 28 grey images, batches of 32, five seeds (or one), float32. All sides are measured by turns (A B C A B C ...):
-medians, and quartiles of the turns' ratios. Before, each pair of sides is shown to give the same losses (1e-4).
+medians, and quartiles of the turns' ratios. Before, the sides are shown to agree to 1e-4: in their losses, or (merged
+model) in the logits without dropout; PIL's warps draw for themselves, so "stage 1" compares the work alone.
 
 seeds side by side  stage 1 of five seeds: as one run, against five runs of one seed one after the other with one thread
                     (as the configurations have it). "dealt to two processes" is one run of three seeds beside one of
                     two; "two at a time" is what `reproduce` does on two cores: two runs of five seeds each, its time
-                    halved. Also the five runs one after the other with two threads
+                    halved. These two have two cores and their reference one; what two cores give the five runs one
+                    after the other is measured as well ("two threads")
 step                one seed on one thread: ours against two plain branches (NCHW, torch's optimiser as it comes), in
                     stage 1 (our augmentation for both) and of the merged model with everything trainable
 stage 1             images a second of stage 1, augmentation included, against a loader with two workers and PIL's warps

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from lightcnn.baselines import ImageShape
 from lightcnn.model import glorot_uniform_, he_normal_, linear
-from shared.errors import ConfigError
+from shared.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from lightcnn.config import Config
@@ -139,7 +139,8 @@ def teacher_logits(recipe: Recipe, problem: "Problem", config: "Config") -> Tens
     One look at each image instead of one at each of its augmented versions: a teacher of any size costs seconds.
 
     Raises:
-        CheckpointError, RunError: the teacher's run is missing or unfinished, or was not trained on the same images.
+        CheckpointError, RunError: the teacher's run is missing or unfinished, or was not trained on the same images,
+            or in folds.
     """
     from lightcnn.algorithm import final_point
     from lightcnn.config import BudgetConfig
@@ -150,6 +151,10 @@ def teacher_logits(recipe: Recipe, problem: "Problem", config: "Config") -> Tens
     if recipe.teacher is None:
         return None
     run = open_run(recipe.teacher, problem)
+    if any(lane.fold is not None for lane in run.problem.lanes) or any(step.fold is not None for step in run.steps):
+        raise RunError(
+            f"{recipe.teacher}: trained in folds, so it saw validation images; name a run without method.kfold"
+        )
     network, theirs = run.steps[-1].network, run.points[final_point(run.steps)]
     flips = isinstance(config.method, BudgetConfig) and config.method.flip
     found = []

@@ -1,6 +1,7 @@
 """The study: methods x seeds, a table, a verdict for each claim, plots. `python -m lightcnn.reproduce --scale mini`."""
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -122,6 +123,17 @@ def methods_table(figures: "Figures", methods: Sequence[str]) -> list[list[str]]
     return table
 
 
+def unequal_epochs(figures: "Figures") -> str:
+    """A sentence where plain training had not as many epochs as the two stages, which claims say it had; else empty."""
+    run = {method: figures.get(f"{method}/epochs.run", {}) for method in ("two_stage", *AS_LONG)}
+    if not run["two_stage"]:
+        return ""
+    mean = sum(run["two_stage"].values()) / len(run["two_stage"])
+    other = {method: max(found.values()) for method, found in run.items() if method in AS_LONG and found}
+    wrong = [f"{method} {epochs:.0f}" for method, epochs in other.items() if epochs != math.ceil(mean)]
+    return f"**Not as many epochs as two_stage ({mean:.1f}): {', '.join(wrong)}.** " if wrong else ""
+
+
 def report_of(
     path: Path, methods: Sequence[str], rows: "Sequence[Row]", data: Mapping[str, Any], statistics: bool, command: str
 ) -> "Report":
@@ -136,10 +148,12 @@ def report_of(
     claimed = all_claims(load(path, Config).data.name, data["image"][0])
     judgements = [judge(claim, figures, statistics) for claim in claimed]
     judgements.sort(key=lambda item: item.verdict == "not run")
+    seeds = {len(figures[f"{method}/accuracy"]) for method in methods}
+    fewer = "Rows of fewer seeds have the first ones; " if len(seeds) > 1 else ""
     about = (
         f"Accuracy in %, mean ± deviation over seeds, on {data['test_images']:,} test images that were read "
-        f"once; epochs were chosen on {data['validation_images']:,} validation images. Rows of fewer seeds "
-        f"have the first ones; `epochs` were run, not kept. {rows[0].device}, "
+        f"once; epochs were chosen on {data['validation_images']:,} validation images. {fewer}"
+        f"`epochs` were run, not kept. {unequal_epochs(figures)}{rows[0].device}, "
         f"{rows[0].precision}, {shared_report.commits_of(rows)}, `{command}`."
     )
     return shared_report.Report(f"LightCNN, `{path.stem}`", about, methods_table(figures, methods), judgements)

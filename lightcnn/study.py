@@ -42,11 +42,12 @@ class Rung:
 
 
 RUNGS = (
-    Rung("plain", "the paper's merged network in one go: Nadam, clean images",
+    Rung("plain", "the paper's merged network in one go: Nadam, batches of 32, clean images",
          ("method.optimizer=nadam", "method.batch_size=32")),
     Rung("one_cycle", "SGD whose rate rises and falls, batches of 128",
          ("method.layout=merged", "method.peak_lr=0.01", "method.decay=0.0001")),
-    Rung("norm_and_pooling", "3x3 convolutions with batch norm, global average pooling; rate and decay for them",
+    Rung("norm_and_pooling",
+         "3x3 convolutions with batch norm, global pooling, no dropout, pixels in [-1, 1], other rate and decay",
          (f"method.layout={CONVOLUTIONS}",)),
     Rung("separable", "depthwise separable convolutions with residuals: deeper and wider",
          ("method.shift=0", "method.flip=false", "method.rotation=0.0", "method.zoom=0.0")),
@@ -118,10 +119,11 @@ def report_of(path: Path, rows: "Sequence[Row]", data: Mapping[str, Any], comman
     judgements = [judge(claim, figures, path.stem != "budget_smoke")
                   for claim in budget_claims(load(path, Config).data.name, data["image"][0])]  # fmt: skip
     about = (
-        "Accuracy in %, mean ± deviation over seeds. The recipe was chosen on the "
-        f"{data['validation_images']:,} validation images with seeds of their own; the gain is that of a row "
-        f"over the one above it, on validation, paired by seed, with its 95 % interval. {rows[-1].device}, "
-        f"{rows[-1].precision}, {shared_report.commits_of(rows)}, `{command}`."
+        "Accuracy in %, mean ± deviation over seeds, of each run's best epoch on "
+        f"{data['validation_images']:,} validation images; {data['test_images']:,} test images were read once, after "
+        "all training. The gain is that of a row over the one above it, on the test images, paired by seed, with its "
+        "95 % interval; all students have the same teacher, so the last gain's does not cover another one. "
+        f"{rows[-1].device}, {rows[-1].precision}, {shared_report.commits_of(rows)}, `{command}`."
     )
     return shared_report.Report(f"LightCNN, `{path.stem}`", about, ingredients(figures), judgements)
 
@@ -144,22 +146,22 @@ def report(path: Path, done: Sequence[Job], folder: Path, command: str) -> None:
 
 def ingredients(figures: Figures) -> list[list[str]]:
     """One row a rung, the teacher last."""
-    table = [["arm", "adds", "parameters", "multiply-adds", "validation", "gain", "test", "n"]]
+    table = [["arm", "adds", "parameters", "multiply-adds", "epochs", "validation", "test", "gain", "n"]]
     before: dict[int, float] = {}
     texts = {rung.name: rung.adds for rung in RUNGS} | {TEACHER: "the larger network itself"}
     for name, adds in texts.items():
-        validation = dict(figures.get(f"{name}/validation", {}))
-        if not validation:
+        test = dict(figures.get(f"{name}/accuracy", {}))
+        if not test:
             continue
-        sizes = [f"{int(next(iter(figures[f'{name}/{m}'].values()))):,}" for m in ("parameters", "multiply_adds")]
-        both = sorted(set(before) & set(validation))
+        constant = ("parameters", "multiply_adds", "epochs.run")
+        sizes = [f"{int(next(iter(figures[f'{name}/{metric}'].values()))):,}" for metric in constant]
+        both = sorted(set(before) & set(test))
         gain = "-"
         if len(both) > 1 and name != TEACHER:
-            gain = show_difference(paired_difference([validation[s] for s in both], [before[s] for s in both]))
-        test = list(figures[f"{name}/accuracy"].values())
-        means = [show_mean(list(validation.values()), digits=2), gain, show_mean(test, digits=2)]
-        table.append([name, adds, *sizes, *means, str(len(validation))])
-        before = validation
+            gain = show_difference(paired_difference([test[s] for s in both], [before[s] for s in both]))
+        means = [show_mean(list(v.values()), digits=2) for v in (figures[f"{name}/validation"], test)]
+        table.append([name, adds, *sizes, *means, gain, str(len(test))])
+        before = test
     return table
 
 

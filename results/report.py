@@ -97,7 +97,7 @@ class PaperPart:
         rows += [row for study in self.studies for row in study.environment()]
         rows += self.benchmark.environment(self.paper) if self.benchmark else []
         drawn = parts.table(rows, f"Environment of {self.name}", "environment")
-        note = "From the CSVs; torch is recorded there for benchmarks only."
+        note = "From the CSVs of results and benchmarks; torch is recorded in those of benchmarks."
         return f'<section id="{self.paper}-environment"><h3>Environment</h3><p>{note}</p>{drawn}</section>'
 
 

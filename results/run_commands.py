@@ -14,6 +14,7 @@ from typing import Any
 from shared.cli import find_config, study_parser, train_parser
 from shared.config import load
 from shared.errors import ConfigError
+from shared.study import choose_scale
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def read_command(text: str) -> Command:
         parser = study_parser(paper, "")
         parser.add_argument("--study", default="main")
         asked = _parse(parser, arguments)
+        choose_scale(asked.scale)
         return Command(paper, find_config(asked.config, paper).stem if asked.config else None)
     asked = _parse(train_parser(paper, ""), arguments, intermixed=True)
     if asked.config is None:

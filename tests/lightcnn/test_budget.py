@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lightcnn import training
+from lightcnn import feed, training
 from lightcnn.algorithm import plan
 from lightcnn.baselines import BnGap, ImageShape
 from lightcnn.budget import LayoutNet, Recipe, recipe_losses, teacher_logits
@@ -110,7 +110,7 @@ def test_every_rung_adds_what_it_says_and_the_last_is_the_configuration(tmp_path
     whole = load(path, Config)
     fields = [load(path, Config, overrides_of(rung, whole.method)).method.model_dump() for rung in RUNGS]
     changed = [{key for key in a if a[key] != b[key]} for a, b in pairwise(fields)]
-    assert changed[0] <= {"optimizer", "batch_size"}
+    assert changed[0] == {"optimizer", "batch_size"}
     assert changed[1] == {"layout", "peak_lr", "decay"}
     assert changed[2] == {"layout"}
     assert changed[3] == {"shift", "flip"}
@@ -119,6 +119,8 @@ def test_every_rung_adds_what_it_says_and_the_last_is_the_configuration(tmp_path
     assert fields[-1] == whole.method.model_dump()
     jobs = jobs_of(path, whole, tmp_path / "teacher", tmp_path, None)
     assert sorted({sum(j.group == r.name for j in jobs) for r in RUNGS}) == [3, 5]
+    taught = [any(a.startswith("method.teacher=") and "null" not in a for a in job.arguments) for job in jobs]
+    assert taught == [job.group == "distillation" for job in jobs]
     assert len({job.folder for job in (*jobs, teacher_job(path, whole, tmp_path))}) == len(jobs) + 1
 
 
@@ -137,9 +139,30 @@ def test_a_teacher_of_other_images_is_refused_and_a_right_one_gives_its_logits(t
     with torch.no_grad():
         wanted = (network(images) + network(images.flip(-1))) / 2
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    taught = load(find_config("budget_smoke", "lightcnn"), Config, [data, f"method.teacher={folder}", "seeds=2"])
+    state = training.begin(plan(taught, problem)[0], {}, problem_of(taught), taught)
+    state_batch = next(iter(feed.batches(state, problem_of(taught))))
+    order = feed.orders(state)[:, : state_batch.soft.shape[1]]
+    assert len({tuple(row) for row in order.tolist()}) == 2, "each seed has an order of its own"
+    assert torch.equal(state_batch.soft, state.soft[order])
+    torch.testing.assert_close(state.soft, wanted, atol=1e-4, rtol=1e-4)
+    assert torch.equal(state_batch.labels, problem.labels[order])
     other = config_of("data={name: sample, validation: 20, validation_from: each_class, train: 50}")
     with pytest.raises(RunError, match="not trained on this run's images"):
         teacher_logits(recipe, problem_of(other), other)
+
+
+@pytest.mark.parametrize("kfold", ["honest", "notebook"])
+def test_a_teacher_that_was_trained_in_folds_saw_the_validation_images_and_is_refused(tmp_path, kfold, problem_of):
+    data = "data={name: sample, validation: 20, validation_from: each_class, train: 60}"
+    short = ("stage1.epochs=1", "stage2.max_epochs=1", "seeds=1")
+    method = f"method={{name: two_stage, kfold: {kfold}, folds: 2}}"
+    arguments = ["--config", "lightcnn/configs/smoke.yaml", "--out", str(tmp_path), data, *short, method]
+    assert train_main(arguments) == 0
+    (folder,) = (tmp_path / "lightcnn").iterdir()
+    config = load(find_config("budget_smoke", "lightcnn"), Config, [data])
+    with pytest.raises(RunError, match="trained in folds, so it saw validation images"):
+        teacher_logits(Recipe(0.0, teacher=folder, teacher_share=0.9), problem_of(config), config)
 
 
 def test_the_budget_study_runs_and_its_table_has_every_rung(tmp_path, capsys):

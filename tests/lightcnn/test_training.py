@@ -71,6 +71,19 @@ def test_seeds_side_by_side_are_the_seeds_alone(config_of, problem_of, run_phase
     )
 
 
+@pytest.mark.parametrize("method", ["bn_gap", "scratch_mild", "{name: budget, layout: c4 P s6}"])
+def test_seeds_of_every_kind_of_network_are_the_seeds_alone(method, config_of, problem_of, run_phases):
+    config = config_of(f"method={method}", "seeds=2")
+    together, _, _ = run_phases(config, problem_of(config))
+    for number in range(2):
+        alone_config = config_of(f"method={method}", "seeds=1", f"seed={number}")
+        alone, _, _ = run_phases(alone_config, problem_of(alone_config))
+        mine = {n: t[number][None] for n, t in together["train"].items()}
+        assert largest_difference(alone["train"], mine) < 1e-4
+    first, second = ({n: t[k] for n, t in together["train"].items()} for k in range(2))
+    assert largest_difference(first, second) > 0.01
+
+
 def test_a_lane_that_stops_keeps_its_weights_and_the_others_go_on_as_if_alone(
     config_of, problem_of, run_phases, scripted_validation, monkeypatch
 ):
