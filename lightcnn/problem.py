@@ -88,7 +88,7 @@ def load_problem(config: Config, device: torch.device) -> Problem:
 
 
 def load_test(config: Config) -> ImageSet:
-    """The test set; only `eval.py` looks at its images.
+    """The test set; only `eval.py` asks for it.
 
     Raises:
         DataError: it is missing or damaged.

@@ -22,12 +22,11 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
     """Stage 1, the merge, stage 2 phase by phase; an interrupted run goes on exactly where it stopped, at any step."""
     from lightcnn import state, training
     from lightcnn.algorithm import plan
-    from lightcnn.problem import load_problem, load_test
+    from lightcnn.problem import load_problem
     from shared.gpu import setup
 
     device = setup(config.device, config.threads)
     problem = load_problem(config, device)
-    load_test(config)  # a missing or damaged file is told now, not after hours; no network sees an image of it
     steps = plan(config, problem)
     saved = run.restore(previous)
     if saved is None:
