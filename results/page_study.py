@@ -45,9 +45,12 @@ class StudyPart:
 
     def environment(self) -> list[list[str]]:
         """Rows of the table of environments: of, device, precision, torch, commit, command."""
-        found = dict.fromkeys((x["device"], x["precision"], x["commit"]) for x in self.lines)
-        return [[self.label, device, precision, "-", f"`{commit[:10]}`", f"`{self.command}`"]
-                for device, precision, commit in found]  # fmt: skip
+        found = dict.fromkeys(
+            (x["device"], x["precision"], x["commit"], x["command"] if self.single else self.command)
+            for x in self.lines
+        )
+        return [[self.label, device, precision, "-", f"`{commit[:10]}`", f"`{command}`"]
+                for device, precision, commit, command in found]  # fmt: skip
 
     def html(self) -> str:
         """The study's part of the page."""
@@ -100,10 +103,12 @@ class StudyPart:
     def _figures(self) -> str:
         """A table of the accuracies, where no report has made one."""
         rows = [["method", *(["config"] if self.single else []), "seed", "at", "split", "metric", "value"]]
+        names = rows[0][:-1]
+        rows[0] += ["command"] if self.single else []
         for line in self.lines:
             if line["metric"].endswith("accuracy"):
                 value = f"{100 * float(line['value']):.1f} %"
-                rows.append([*(line[name] for name in rows[0][:-1]), value])
+                rows.append([*(line[name] for name in names), value, *([f"`{line['command']}`"] * self.single)])
         drawn = parts.table(rows, f"Accuracies of {self.label.replace('`', '')}", "figures")
         return f"<h4>Accuracies</h4><figure>{drawn}{self._made()}</figure>"
 
@@ -116,6 +121,7 @@ class StudyPart:
     def _made(self, text: str = "") -> str:
         said = f"{escape(text)} " if text else ""
         made = f"Made by <code>{escape(self.command)}</code>" if self.command else "Its command is not recorded."
+        made = "Each made by the command in its row." if self.single else made
         return f"<figcaption>{said}{made}</figcaption>"
 
 

@@ -4,7 +4,6 @@ import base64
 import re
 import shutil
 import sys
-import time
 from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
@@ -108,11 +107,9 @@ def page(text) -> Strict:
     return read(text)
 
 
-def test_the_committed_page_is_that_of_the_results_and_is_built_in_no_time(capsys):
-    began = time.monotonic()
+def test_the_committed_page_is_that_of_the_results_and_is_no_burden_to_load(capsys):
     assert run_main(report.main, ["--check"]) == 0, "stale: make report writes it anew"
     assert capsys.readouterr().out == "up to date\n"
-    assert time.monotonic() - began < 20
     assert PAGE.stat().st_size < 8 * 2**20
 
 
@@ -227,11 +224,15 @@ def test_no_results_at_all_still_make_a_page(small):
 def test_single_runs_are_shown(small):
     source = small / "results" / "fedloge" / "mini" / "results.csv"
     lines = source.read_text().splitlines()[:40]
+    command = "python -m fedloge.train --config mini seed=9"
+    lines.append(re.sub(r"python -m fedloge\.train [^,]*", command, lines[1]))
     (small / "results" / "fedloge" / "runs.csv").write_text("\n".join(lines) + "\n")
-    found = read(report.build(small))
-    assert found.wrong == []
+    text = report.build(small)
+    assert (found := read(text)).wrong == []
     assert "Single runs" in found.text
-    assert "fedloge-runs" in found.ids
+    section = text.partition('id="fedloge-runs"')[2].partition("</section>")[0]
+    assert section.count(command) == 1, "each row has its own command"
+    assert "Each made by the command in its row." in section
 
 
 def test_a_large_drawing_is_replaced_by_its_png_and_refused_without_one(small, monkeypatch):

@@ -8,7 +8,7 @@ from lightcnn.algorithm import METHODS, VARIANTS, nominal_epochs, plan, settings
 from lightcnn.baselines import BASELINES
 from lightcnn.claims import all_claims
 from lightcnn.config import Config
-from lightcnn.reproduce import CORE, PLANS, Slice, chosen_slices, jobs_of, main
+from lightcnn.reproduce import CORE, PLANS, Slice, chosen_slices, jobs_of, main, unequal_epochs
 from shared.claims import Comparison
 from shared.cli import find_config
 from shared.config import load
@@ -123,3 +123,11 @@ def test_a_study_of_some_methods_has_its_own_report(tmp_path, capfd):
     assert {p.name for p in folder.iterdir()} == {"results.csv", "methods.md", "claims.md", "summary.md", "plots"}
     assert len(list((folder / "plots").glob("*.png"))) == 4
     assert "not run" in capfd.readouterr().out
+
+
+def test_unequal_epochs_are_told_in_the_head_of_a_report():
+    two_stage = {"two_stage/epochs.run": {0: 56.0, 1: 57.0}}  # a mean of 56.5, rounded up
+    assert unequal_epochs({**two_stage, "scratch/epochs.run": {0: 57.0, 1: 57.0}}) == ""
+    assert unequal_epochs({"scratch/epochs.run": {0: 30.0}}) == ""
+    told = unequal_epochs({**two_stage, "scratch/epochs.run": {0: 57.0}, "wide/epochs.run": {0: 30.0}})
+    assert told == "**Not as many epochs as two_stage (56.5): wide 30.** "
