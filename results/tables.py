@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 MAIN = {
     "fedloge": ("FedLoGe, ICLR 2024", "mini", "The generic model is better than the best generic baseline"),
     "mdcs": ("MDCS, ICCV 2023", "mini", "MDCS is better than the best baseline (of those on their own views)"),
-    "lightcnn": ("LightCNN, 2025", "fashion_mnist",
+    "lightcnn": ("LightCNN, 2025", "fashion_mnist cifar10",
                  "The two stages are better than training the same network in one go, for as many epochs"),
     "sparsevit": ("SparseViT, 2023", "mini", "Pruned by 10 to 50 % (mean of five), it is better than without"),
 }  # fmt: skip
@@ -45,16 +45,19 @@ def papers_table(results: Path) -> str:
 
 
 def overview_table(results: Path) -> str:
-    """A line a paper: what it claims first of all, what was found, and how its headline claims fare in all studies."""
+    """What each paper claims first of all, what was found in a study or two, how its headline claims fare in all."""
     rows = [["paper", "its main claim", "ours", "n", "verdict", f"headline claims: {', '.join(VERDICTS)}"]]
-    for paper, (name, study, claim) in MAIN.items():
+    for paper, (name, studies, claim) in MAIN.items():
         lines = {p.parent.name: table_of(p)[1:] for p in sorted((results / paper).glob("*/summary.md"))}
-        found = next((row[3:] for row in lines.get(study, ()) if row[1] == claim), None)
-        if study in lines and found is None:
-            raise DataError(f"results/{paper}/{study}/summary.md: lacks the claim {claim!r} of the overview")
         counts = [sum(row[-1] == verdict for own in lines.values() for row in own) for verdict in VERDICTS]
         tally = ", ".join(map(str, counts)) if lines else "-"
-        rows.append([f"[{name}]({paper}/README.md)", claim, *(found or ("-", "-", "not published")), tally])
+        ends = [f"[{name}]({paper}/README.md)", tally]
+        for study in studies.split():
+            found = next((row[3:] for row in lines.get(study, ()) if row[1] == claim), None)
+            if study in lines and found is None:
+                raise DataError(f"results/{paper}/{study}/summary.md: lacks the claim {claim!r} of the overview")
+            rows.append([ends[0], f"{claim} (`{study}`)", *(found or ("-", "-", "not published")), ends[1]])
+            ends = ["", ""]
     return markdown(rows)
 
 

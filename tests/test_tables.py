@@ -105,14 +105,17 @@ def test_the_table_of_papers_is_written_first_and_shown_though_it_was_not_there(
 
 def test_the_overview_has_a_line_a_paper_with_its_main_claim_and_a_tally(tmp_path, monkeypatch):
     head = "| paper | claim | paper's number | ours | n | verdict |\n| --- | --- | --- | --- | --- | --- |\n"
-    monkeypatch.setattr(tables, "MAIN", {"a": ("A, 2020", "mini", "it works"), "b": ("B, 2021", "mini", "so too")})
+    monkeypatch.setattr(
+        tables, "MAIN", {"a": ("A, 2020", "mini large", "it works"), "b": ("B, 2021", "mini", "so too")}
+    )
     for study, rows in (("mini", "| A, `mini` | it works | +9 | +1.0 | 4 | inconclusive |\n"),
                         ("large", "| A, `large` | it works | +9 | +2.0 | 4 | reproduced |\n")):  # fmt: skip
         (tmp_path / "a" / study).mkdir(parents=True)
         (tmp_path / "a" / study / "summary.md").write_text(head + rows)
-    _, _, first, second = tables.overview_table(tmp_path).splitlines()
-    assert first == "| [A, 2020](a/README.md) | it works | +1.0 | 4 | inconclusive | 1, 1, 0 |"
-    assert second == "| [B, 2021](b/README.md) | so too | - | - | not published | - |"
+    _, _, first, more, second = tables.overview_table(tmp_path).splitlines()
+    assert first == "| [A, 2020](a/README.md) | it works (`mini`) | +1.0 | 4 | inconclusive | 1, 1, 0 |"
+    assert more == "|  | it works (`large`) | +2.0 | 4 | reproduced |  |"
+    assert second == "| [B, 2021](b/README.md) | so too (`mini`) | - | - | not published | - |"
     monkeypatch.setitem(tables.MAIN, "a", ("A, 2020", "mini", "it flies"))
     with pytest.raises(DataError, match="lacks the claim 'it flies' of the overview"):
         tables.overview_table(tmp_path)
