@@ -133,7 +133,10 @@ class Study:
         """
         if own := next((row.command for row in self.rows if row.method == WHOLE), None):
             return own
-        said = re.search(r"`(python -m \w+\.reproduce [^`\n]*)`", text_of(self.folder / "methods.md") or "")
+        text = text_of(self.folder / "methods.md")
+        if text is None:
+            raise DataError("methods.md: is missing")
+        said = re.search(r"`(python -m \w+\.reproduce [^`\n]*)`", text)
         line = {"command": said[1] if said else "", "paper": self.paper, "config": self.config, "seed": "0"}
         if not said or "--study" not in said[1] or command_problem(line):
             raise DataError("methods.md: names no command of this study")

@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -44,6 +45,14 @@ def drop_lines(path: Path, having: str) -> None:
     path.write_text("".join(kept))
 
 
+def told(folder: Path, rows: Sequence[Row]) -> list[str]:
+    """The problems of a study's texts, or the one that keeps them from being made: a budget's command is in one."""
+    try:
+        return recompute.table_problems(folder, rows)
+    except DataError as error:
+        return [str(error)]
+
+
 @pytest.mark.parametrize(("study", "name"), [
     (study, path.name) for study in STUDIES for path in sorted((REPOSITORY / "results" / study).glob("*.md"))
 ])  # fmt: skip
@@ -53,14 +62,14 @@ def test_every_text_of_a_study_must_be_there_and_be_what_the_rows_give(tmp_path,
     folder.mkdir(parents=True)
     for path in (REPOSITORY / "results" / study).glob("*.*"):
         shutil.copy(path, folder / path.name)
-    assert recompute.table_problems(folder, rows) == []
+    assert told(folder, rows) == []
     (folder / name).write_text((folder / name).read_text().rstrip("\n") + " or not\n")
-    (problem,) = recompute.table_problems(folder, rows)
+    (problem,) = told(folder, rows)
     assert problem.startswith(f"{name}: ")
     (folder / name).unlink()
-    assert recompute.table_problems(folder, rows) == [f"{name}: is missing"]
+    assert told(folder, rows) == [f"{name}: is missing"]
     (folder / name).write_text("")
-    assert len(recompute.table_problems(folder, rows)) == 1
+    assert len(told(folder, rows)) == 1
 
 
 def test_claims_that_were_not_reproduced_cannot_be_left_out_with_the_summary_made_to_match(tmp_path):
@@ -122,7 +131,7 @@ def test_one_run_needs_no_tables_but_a_study_cannot_pass_for_one(tmp_path):
 
 def budget_rows(command: str = "python -m lightcnn.train --config budget_smoke") -> list[Row]:
     """Rows of a small study of the budget, which has none of the study as a whole."""
-    figures = {"accuracy": 0.5, "validation": 0.6, "parameters": 1200.0, "multiply_adds": 9000.0}
+    figures = {"accuracy": 0.5, "validation": 0.6, "parameters": 1200.0, "multiply_adds": 9000.0, "epochs.run": 4.0}
     common = ("CPU", "float32", "c" * 40, 1.0)
     return [
         Row("lightcnn", "budget_smoke", arm, seed, "final", "test", metric, value, *common, f"{command} seed={seed}")
@@ -136,7 +145,8 @@ def test_a_study_of_the_budget_is_made_again_with_the_command_that_its_table_nam
 
     folder, rows = tmp_path / "lightcnn" / "budget_smoke", budget_rows()
     path = REPOSITORY / "lightcnn" / "configs" / "budget_smoke.yaml"
-    command, data = "python -m lightcnn.reproduce --study budget", {"image": [1, 28, 28], "validation_images": 200}
+    command = "python -m lightcnn.reproduce --study budget"
+    data = {"image": [1, 28, 28], "validation_images": 200, "test_images": 500}
     write_rows(folder / "results.csv", rows)
     for name, text in report_of(path, rows, data, command).texts().items():
         (folder / name).write_text(text)

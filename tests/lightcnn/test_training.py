@@ -1,4 +1,4 @@
-"""The training loop: freezing, transitions, seeds side by side, what is frozen (T6, T7, T10, T17, T21, T22)."""
+"""The training loop: freezing, transitions, what is frozen (T6, T7, T10, T17, T21, T22)."""
 
 from dataclasses import replace
 
@@ -11,12 +11,7 @@ from lightcnn.method import Phase
 from lightcnn.model import merge
 from shared.errors import DataError, InterruptedRunError
 from shared.gpu import NotFiniteError
-
-SEEDS = (0, 1, 2)
-
-
-def largest_difference(a, b):
-    return max(float((a[name] - b[name]).detach().abs().max()) for name in a)
+from tests.lightcnn.stacks import largest_difference
 
 
 @pytest.mark.parametrize("schedule", ["paper", "literal", "notebook", "all_at_once"])
@@ -48,61 +43,6 @@ def test_the_branches_of_a_step_do_not_touch_each_other(config_of, problem_of, r
     assert largest_difference(first["branch_b"], second["branch_b"]) > 1e-3
     start = plan(both[1], problem_of(both[1]))[0].begin({}, problem_of(both[1]).lanes)["conv1.weight"]
     assert len({row.numpy().tobytes() for row in start}) == 4, "each branch of each seed starts from its own weights"
-
-
-def test_seeds_side_by_side_are_the_seeds_alone(config_of, problem_of, run_phases):
-    config = config_of("seeds=3")
-    together, _, epochs = run_phases(config, problem_of(config))
-    for number, seed in enumerate(SEEDS):
-        alone_config = config_of("seeds=1", f"seed={seed}")
-        alone, _, own = run_phases(alone_config, problem_of(alone_config))
-        assert alone.keys() == together.keys()
-        for point, stacked in alone.items():
-            mine = {n: t[number][None] for n, t in together[point].items()}
-            assert largest_difference(stacked, mine) < 1e-4, point
-        for phase, alone_phase in zip(epochs, own, strict=True):
-            for epoch, alone_epoch in zip(phase, alone_phase, strict=True):
-                found, wanted = epoch[number], alone_epoch[0]
-                assert found.loss == pytest.approx(wanted.loss, abs=1e-4)
-                assert found.validation == pytest.approx(wanted.validation, abs=0.021)  # of 50 images
-    first, *others = [{n: t[k] for n, t in together["P4"].items()} for k in range(3)]
-    assert min(largest_difference(first, other) for other in others) > 0.05, (
-        "seeds have orders and weights of their own"
-    )
-
-
-@pytest.mark.parametrize("method", ["bn_gap", "scratch_mild", "{name: budget, layout: c4 P s6}"])
-def test_seeds_of_every_kind_of_network_are_the_seeds_alone(method, config_of, problem_of, run_phases):
-    config = config_of(f"method={method}", "seeds=2")
-    together, _, _ = run_phases(config, problem_of(config))
-    for number in range(2):
-        alone_config = config_of(f"method={method}", "seeds=1", f"seed={number}")
-        alone, _, _ = run_phases(alone_config, problem_of(alone_config))
-        mine = {n: t[number][None] for n, t in together["train"].items()}
-        assert largest_difference(alone["train"], mine) < 1e-4
-    first, second = ({n: t[k] for n, t in together["train"].items()} for k in range(2))
-    assert largest_difference(first, second) > 0.01
-
-
-def test_a_lane_that_stops_keeps_its_weights_and_the_others_go_on_as_if_alone(
-    config_of, problem_of, run_phases, scripted_validation, monkeypatch
-):
-    monkeypatch.setattr(training, "validate", scripted_validation)
-    settings = ("stage1={epochs: 7, patience: 1}", "stage2.max_epochs=1")
-    config = config_of("seeds=3", *settings)
-    together, states, epochs = run_phases(config, problem_of(config), 1)
-    ran = [max(states[0].stops[n].epochs for n in states[0].networks([lane])) for lane in range(3)]
-    assert ran == [5, 6, 7], "the seeds stop one after the other"
-    assert [sorted(e.lane for e in epoch) for epoch in epochs[0]] == [
-        [lane for lane in range(3) if ran[lane] > n] for n in range(max(ran))
-    ]
-    for seed in SEEDS:
-        alone_config = config_of("seeds=1", f"seed={seed}", *settings)
-        alone, own, _ = run_phases(alone_config, problem_of(alone_config), 1)
-        assert own[0].stops[0].epochs == ran[seed]
-        for point in ("branch_a", "branch_b"):
-            mine = {n: t[seed][None] for n, t in together[point].items()}
-            assert largest_difference(alone[point], mine) < 1e-4
 
 
 def test_the_frozen_part_computed_once_gives_the_same_numbers(config_of, problem_of, run_phases):

@@ -1,0 +1,63 @@
+"""Seeds side by side as one network are the seeds alone, whatever the network, also when one stops early."""
+
+import pytest
+
+from lightcnn import training
+from tests.lightcnn.stacks import largest_difference
+
+SEEDS = (0, 1, 2)
+
+
+def test_seeds_side_by_side_are_the_seeds_alone(config_of, problem_of, run_phases):
+    config = config_of("seeds=3")
+    together, _, epochs = run_phases(config, problem_of(config))
+    for number, seed in enumerate(SEEDS):
+        alone_config = config_of("seeds=1", f"seed={seed}")
+        alone, _, own = run_phases(alone_config, problem_of(alone_config))
+        assert alone.keys() == together.keys()
+        for point, stacked in alone.items():
+            mine = {n: t[number][None] for n, t in together[point].items()}
+            assert largest_difference(stacked, mine) < 1e-4, point
+        for phase, alone_phase in zip(epochs, own, strict=True):
+            for epoch, alone_epoch in zip(phase, alone_phase, strict=True):
+                found, wanted = epoch[number], alone_epoch[0]
+                assert found.loss == pytest.approx(wanted.loss, abs=1e-4)
+                assert found.validation == pytest.approx(wanted.validation, abs=0.021)  # of 50 images
+    first, *others = [{n: t[k] for n, t in together["P4"].items()} for k in range(3)]
+    assert min(largest_difference(first, other) for other in others) > 0.05, (
+        "seeds have orders and weights of their own"
+    )
+
+
+@pytest.mark.parametrize("method", ["bn_gap", "scratch_mild", "{name: budget, layout: c4 P s6}"])
+def test_seeds_of_every_kind_of_network_are_the_seeds_alone(method, config_of, problem_of, run_phases):
+    config = config_of(f"method={method}", "seeds=2")
+    together, _, _ = run_phases(config, problem_of(config))
+    for number in range(2):
+        alone_config = config_of(f"method={method}", "seeds=1", f"seed={number}")
+        alone, _, _ = run_phases(alone_config, problem_of(alone_config))
+        mine = {n: t[number][None] for n, t in together["train"].items()}
+        assert largest_difference(alone["train"], mine) < 1e-4
+    first, second = ({n: t[k] for n, t in together["train"].items()} for k in range(2))
+    assert largest_difference(first, second) > 0.01
+
+
+def test_a_lane_that_stops_keeps_its_weights_and_the_others_go_on_as_if_alone(
+    config_of, problem_of, run_phases, scripted_validation, monkeypatch
+):
+    monkeypatch.setattr(training, "validate", scripted_validation)
+    settings = ("stage1={epochs: 7, patience: 1}", "stage2.max_epochs=1")
+    config = config_of("seeds=3", *settings)
+    together, states, epochs = run_phases(config, problem_of(config), 1)
+    ran = [max(states[0].stops[n].epochs for n in states[0].networks([lane])) for lane in range(3)]
+    assert ran == [5, 6, 7], "the seeds stop one after the other"
+    assert [sorted(e.lane for e in epoch) for epoch in epochs[0]] == [
+        [lane for lane in range(3) if ran[lane] > n] for n in range(max(ran))
+    ]
+    for seed in SEEDS:
+        alone_config = config_of("seeds=1", f"seed={seed}", *settings)
+        alone, own, _ = run_phases(alone_config, problem_of(alone_config), 1)
+        assert own[0].stops[0].epochs == ran[seed]
+        for point in ("branch_a", "branch_b"):
+            mine = {n: t[seed][None] for n, t in together[point].items()}
+            assert largest_difference(alone[point], mine) < 1e-4
