@@ -125,8 +125,9 @@ def test_what_ends_it_lets_the_study_save_and_the_same_command_finishes(tmp_path
     """The real thing: one paper's smoke study, stopped in the middle."""
     command = [sys.executable, str(SCRIPT), "--scale", "smoke", "--papers", "fedloge", "--out", str(tmp_path)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("fedloge/*/results.json")) and time.monotonic() < deadline:
         time.sleep(0.1)
