@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdcs.baselines import (
     balanced_softmax_loss,
@@ -19,6 +18,7 @@ from mdcs.baselines import (
 from mdcs.method import expert_cross_entropy
 from shared.errors import ConfigError, DataError, UserError
 from tests.mdcs.loss_cases import COUNTS, LOG_COUNTS, MARGINS, TEMPERATURES, WEIGHTS, case, gaussian
+from tests.mdcs.watch import Watch
 
 # Every loss with all that it takes beside logits [V, 3, 5] and targets [V].
 LOSSES = {
@@ -70,27 +70,6 @@ def test_a_constant_added_to_an_experts_logits_changes_no_loss_but_those_of_ncl_
     assert bool(same) == (name not in ("ncl", "ride"))
 
 
-class Softmaxes(TorchDispatchMode):
-    """Notes the precision of every softmax, and refuses what makes the host wait for a device or copies to it."""
-
-    waits = frozenset(("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"))
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        assert name not in self.waits, f"{name} waits for the device"
-        if "softmax" in name and "backward" not in name:
-            self.seen.append(args[0].dtype)
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            sources = [a for a in args if isinstance(a, torch.Tensor)]
-            assert all(a.device == result.device for a in sources), f"{name} copies between devices"
-        return result
-
-
 @each_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_loss_waits_for_the_device_or_takes_a_softmax_of_low_precision(name, dtype):
@@ -99,10 +78,10 @@ def test_no_loss_waits_for_the_device_or_takes_a_softmax_of_low_precision(name, 
     logits = torch.empty(8, 3, 5, device="meta", dtype=dtype, requires_grad=True)
     targets = torch.empty(8, device="meta", dtype=torch.int64)
     there = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
-    with Softmaxes() as watch:
+    with Watch() as watch:
         found = loss(logits, targets, *there)
         found.backward()
-    assert set(watch.seen) == {torch.float32}
+    assert set(watch.softmaxes) == {torch.float32}
     assert found.dtype == torch.float32
     assert logits.grad.dtype == dtype
 
@@ -111,7 +90,7 @@ def test_no_loss_waits_for_the_device_or_takes_a_softmax_of_low_precision(name, 
 def test_no_loss_looks_at_a_value_on_the_cpu_either(name):
     logits, targets = case()
     logits.requires_grad_()
-    with Softmaxes():
+    with Watch():
         evaluate(name, logits, targets).backward()
     assert logits.grad.abs().sum() > 0
 
