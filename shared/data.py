@@ -1,4 +1,4 @@
-"""Image sets: official formats (no pickle), image folders, list files, downloads and the embedded sample.
+"""Image sets: official formats (no pickle), list files, downloads and the embedded sample.
 
 Every problem of the data is a DataError that names the path.
 """
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 Split = Literal["train", "test", "val"]
 Arrays = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # images [N, C, H, W], labels [N]
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 SAMPLE = Path(__file__).resolve().parent / "sample" / "sample.npz"
 SAMPLE_SHA256 = "79799a2bf44095a5f880e020f217a841f3ed72c5976ca45cbf4581055eeba67f"
 
@@ -152,29 +151,6 @@ def take(image_set: AnySet, indices: Tensor | Sequence[int]) -> AnySet:
     return replace(image_set, digest=digest, **part)
 
 
-def load_folder(root: Path | str, split: Split = "train", classes: Sequence[str] | None = None) -> FileSet:
-    """Image folder root/<class>/**: classes are the subfolders in alphabetical order, or `classes` where given.
-
-    Give the training set's `classes` when reading another split: a folder that lacks one would else shift the labels.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such image folder")
-    found = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    names = tuple(classes) if classes is not None else tuple(found)
-    if not found or not set(found) <= set(names):
-        strangers = ", ".join(sorted(set(found) - set(names))) or "no subfolder"
-        raise DataError(f"{root}: expected one subfolder a known class (CLASS/image.jpg), found {strangers}")
-    paths, labels = [], []
-    for folder in found:
-        files = sorted(p for p in (root / folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise DataError(f"{root / folder}: no image in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-        paths += [p.relative_to(root).as_posix() for p in files]
-        labels += [names.index(folder)] * len(files)
-    return _file_set(root, paths, labels, names, root.name, split)
-
-
 def load_list(
     list_file: Path | str, image_root: Path | str, num_classes: int | None = None, split: Split = "train"
 ) -> FileSet:
@@ -189,7 +165,9 @@ def load_list(
         found = f"there is no {root / paths[missing[0]]} ({len(missing):,} of {len(paths):,} images are missing)"
         raise DataError(f"{list_file}:{line}: {found}; do the list's paths start at {root}?")
     classes = tuple(str(c) for c in range(num_classes or max(labels) + 1))
-    return _file_set(root, paths, labels, classes, Path(list_file).name.split(".")[0], split)
+    digest = hashlib.sha256("\n".join(f"{p} {c}" for p, c in zip(paths, labels, strict=True)).encode()).hexdigest()
+    files, name = tuple(root / path for path in paths), Path(list_file).name.split(".")[0]
+    return FileSet(files, torch.tensor(labels), classes, name, split, digest)
 
 
 def open_rgb(path: Path) -> "Image.Image":
@@ -208,11 +186,6 @@ def _image_set(arrays: Arrays, classes: tuple[str, ...], name: str, split: str) 
     digest = hashlib.sha256(repr(images.shape).encode() + labels.tobytes())
     digest.update(images.data)
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), classes, name, split, digest.hexdigest())
-
-
-def _file_set(root: Path, paths: list[str], labels: list[int], names: Sequence[str], name: str, split: str) -> FileSet:
-    digest = hashlib.sha256("\n".join(f"{p} {c}" for p, c in zip(paths, labels, strict=True)).encode()).hexdigest()
-    return FileSet(tuple(root / p for p in paths), torch.tensor(labels), tuple(names), name, split, digest)
 
 
 def _read_sample(split: str) -> Arrays:

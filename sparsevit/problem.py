@@ -11,13 +11,14 @@ from torch.nn import functional
 
 from shared import batches, data
 from shared.batches import Batches, Files, Floats, Resident
-from shared.data import IMAGE_SUFFIXES, AnySet, FileSet, ImageSet
+from shared.data import AnySet, FileSet, ImageSet
 from shared.errors import ConfigError, DataError
 from shared.gpu import stream
 from sparsevit.config import DataConfig
 from sparsevit.imagenet100 import CLASSES
 
 FILE_IMAGE_SIZE = 224  # pixels, where the configuration of image files does not say
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 BASE_MIN_AREA = 0.08  # what `shared.batches.Files` crops to at least
 
 

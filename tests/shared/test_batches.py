@@ -19,7 +19,7 @@ from shared.batches import (
     resize_mean,
     split_batches,
 )
-from shared.data import load_folder, load_list
+from shared.data import load_list
 from shared.errors import ConfigError, DataError
 
 SOURCE = Path(os.environ.get("DATA_SOURCE", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
@@ -204,13 +204,15 @@ def test_prefetching_a_resident_set_gives_its_batches():
 
 @pytest.fixture
 def folder(tmp_path):
-    rng = np.random.default_rng(0)
+    rng, lines = np.random.default_rng(0), []
     for i, (width, height) in enumerate([(40, 30), (30, 40), (33, 33), (64, 20), (20, 64), (50, 41)] * 2):
         target = tmp_path / f"class{i % 3}"
         target.mkdir(exist_ok=True)
         smooth = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height))
         (smooth.convert("L") if i == 4 else smooth).save(target / f"{i}.png")
-    return load_folder(tmp_path)
+        lines.append(f"class{i % 3}/{i}.png {i % 3}\n")
+    (tmp_path / "train.txt").write_text("".join(sorted(lines)))
+    return load_list(tmp_path / "train.txt", tmp_path)
 
 
 def files(folder, workers=2, train=True, size=16):
