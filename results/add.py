@@ -17,7 +17,7 @@ from csv_schema import PAPERS, RESULTS, format_problems, read_lines
 from run_commands import command_problem
 
 from shared.cli import run_main
-from shared.errors import RunError
+from shared.errors import DataError, RunError
 from shared.report import Row, read_rows, rows_of, write_rows
 from shared.run import read_mapping, read_results
 
@@ -63,13 +63,18 @@ def problems_of(rows: Sequence[Row]) -> list[str]:
 
 
 def published(paper: str) -> dict[tuple[str, ...], str]:
-    """Where each figure of a paper stands already: its key, but for a study's own name of the method, and command."""
+    """Where each figure of a paper stands already: its key, but for a study's own name of the method, and command.
+
+    Raises:
+        DataError: a published file is damaged.
+    """
     found = {}
     for path in sorted([*(RESULTS_FOLDER / paper).glob("*/results.csv"), *(RESULTS_FOLDER / paper).glob("runs.csv")]):
-        for line in read_lines(path)[1]:
-            found[(*(line[name] for name in KEY if name != "method"), without_folder(line["command"]))] = (
-                path.relative_to(RESULTS_FOLDER.parent).as_posix()
-            )
+        place, (columns, lines) = path.relative_to(RESULTS_FOLDER.parent).as_posix(), read_lines(path)
+        if problems := format_problems(path.name, columns, lines):
+            raise DataError(f"{place}: {problems[0]}; take it back from git, `python results/check.py` looks again")
+        for line in lines:
+            found[(*(line[name] for name in KEY if name != "method"), without_folder(line["command"]))] = place
     return found
 
 

@@ -72,7 +72,7 @@ def row_problems(path: Path, lines: Lines) -> list[str]:
     for number, line in enumerate(lines, 2):
         if line["paper"] != paper:
             problems.append(f"{number}: paper: {line['paper']} in the folder of {paper}")
-        own = (line["command"], line["paper"], line["config"], line["seed"])
+        own = (line["command"], line["paper"], line["config"], line["method"], line["seed"])
         if own not in seen and (problem := command_problem(line)):
             problems.append(f"{number}: {problem}")
         seen.add(own)

@@ -19,11 +19,12 @@ from shared.study import choose_scale
 
 @dataclass(frozen=True)
 class Command:
-    """A command that was read: of training with its configuration, or of a study (no seeds of its own)."""
+    """A command that was read: of training with its configuration, or of a study (no seeds or method of its own)."""
 
     paper: str
     config: str | None
     seeds: tuple[int, ...] = ()
+    method: str | None = None
 
 
 @functools.cache
@@ -54,7 +55,18 @@ def read_command(text: str) -> Command:
         raise ConfigError("names no configuration")
     path = find_config(asked.config, paper)
     config: Any = load(path, importlib.import_module(f"{paper}.config").Config, asked.overrides)
-    return Command(paper, path.stem, tuple(getattr(config, "all_seeds", (config.seed,))))
+    method = getattr(config.method, "name", config.method)
+    return Command(paper, path.stem, tuple(getattr(config, "all_seeds", (config.seed,))), method)
+
+
+@functools.cache
+def is_method(paper: str, config: str, name: str) -> bool:
+    """Whether a configuration takes it for `method`; the arms of a study may have names of their own."""
+    try:
+        load(find_config(config, paper), importlib.import_module(f"{paper}.config").Config, (f"method={name}",))
+    except ConfigError:
+        return False
+    return True
 
 
 def command_problem(line: Mapping[str, str]) -> str | None:
@@ -70,6 +82,8 @@ def command_problem(line: Mapping[str, str]) -> str | None:
         return f"command: has the configuration {command.config}, but the row has {line['config']}"
     if command.seeds and int(line["seed"]) not in command.seeds:
         return f"command: trains seed {', '.join(map(str, command.seeds))}, but the row has {line['seed']}"
+    if (own := command.method) and own != line["method"] and is_method(line["paper"], line["config"], line["method"]):
+        return f"command: trains {own}, but the row has {line['method']}"
     return None
 
 

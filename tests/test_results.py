@@ -76,6 +76,8 @@ DAMAGE = {
         2, {"command": "python -m mdcs.train --config cifar10_lt_if100_cpu --out /data/x"}, "is a path of one machine"),
     "a command of another seed": (
         2, {"command": "python -m mdcs.train --config cifar10_lt_if100_cpu seed=1"}, "trains seed 1, but"),
+    "a command of another method": (
+        2, {"command": "python -m mdcs.train --config cifar10_lt_if100_cpu method=ce"}, "trains ce, but the row has m"),
     "a command of another configuration": (
         2, {"command": "python -m mdcs.train --config mini"}, "has the configuration mini, but the row has cifar10_lt"),
     "a command that cannot be read": (
@@ -217,6 +219,18 @@ def test_a_finished_run_is_added_once_without_the_folder_it_was_made_in(results,
     assert run_main(add.main, [str(run)]) == 2
     assert capsys.readouterr().err.endswith(": is in results/fedloge/runs.csv already\n")
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["papier,config\nfedloge,mini\n", "", "\x00"])
+def test_nothing_is_added_to_a_damaged_file(results, run, capsys, content):
+    (results / "fedloge").mkdir()
+    (results / "fedloge" / "runs.csv").write_text(content)
+    assert run_main(add.main, [str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert "runs.csv" in error
+    assert (results / "fedloge" / "runs.csv").read_text() == content
 
 
 def test_a_run_with_other_settings_wants_a_name(results, run, tmp_path, capsys):
