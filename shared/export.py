@@ -144,6 +144,8 @@ def export_command(
 ) -> int:
     """`<package>.export`: write the folder and check every file; 1 if one does not compute what the network does.
 
+    Such a file is taken away again.
+
     Args:
         file: of the module, in its package's folder.
         options: adds the arguments by which one of a run's networks is chosen; `take` gets them all.
@@ -163,8 +165,13 @@ def export_command(
     folder = asked.out or asked.run / "export" / taken.choice
     write(taken, folder, formats)
     print(f"{taken.title}, in {folder}")
-    right = [check(taken, folder, name, build) for name in formats]
-    return 0 if all(right) else 1
+    wrong = [name for name in formats if not check(taken, folder, name, build)]
+    for name in wrong:
+        (folder / f"model.{name}").unlink()
+    if wrong:
+        write(taken, folder, [name for name in formats if name not in wrong])
+        print(f"taken away again: {', '.join(f'model.{name}' for name in wrong)}")
+    return 1 if wrong else 0
 
 
 def write(taken: Portable, folder: Path, formats: Collection[str]) -> None:

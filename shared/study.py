@@ -26,6 +26,7 @@ from shared.checkpoint import write_progress
 from shared.errors import ConfigError, RunError, UserError
 
 POLL_SECONDS = 0.2
+HOPELESS = 3  # runs that end with the same error before one ends well: missing data, say. The rest is not started
 PROGRESS = "progress.json"
 Scale = Literal["smoke", "mini", "paper"]
 
@@ -99,6 +100,10 @@ def run_jobs(module: str, jobs: Sequence[Job], workers: int = 0) -> dict[str, Ou
                     outcomes[item.job.name] = outcome = _outcome(item)
                     if outcome.code:
                         print(f"failed: {item.job.name}: {outcome.message}", file=sys.stderr)
+                if waiting and hopeless(list(outcomes.values())):
+                    print(f"failed: {len(waiting)} other runs are not started", file=sys.stderr)
+                    outcomes |= {job.name: Outcome(1, 0.0, "not started") for job in waiting}
+                    waiting.clear()
                 display.show(outcomes, running, forecast(jobs, outcomes, running, waiting, workers))
                 time.sleep(POLL_SECONDS)
         finally:
@@ -107,6 +112,12 @@ def run_jobs(module: str, jobs: Sequence[Job], workers: int = 0) -> dict[str, Ou
             for item in running:
                 item.process.join(60)
     return outcomes
+
+
+def hopeless(outcomes: Sequence[Outcome]) -> bool:
+    """Whether at least HOPELESS runs ended with one error of the user's (exit code 2), and none in another way."""
+    same = {(outcome.code, outcome.message.rpartition(" (")[0]) for outcome in outcomes}  # without the log's name
+    return len(outcomes) >= HOPELESS and len(same) == 1 and outcomes[0].code == 2
 
 
 def run_study(module: str, name: str, jobs: Sequence[Job], workers: int) -> list[Job]:

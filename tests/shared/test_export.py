@@ -118,7 +118,7 @@ def test_an_export_that_was_cut_off_after_its_first_file_is_made_anew(toy, tmp_p
 
 
 @pytest.mark.parametrize("name", ["safetensors", "pt2", "onnx"])
-def test_a_file_of_another_network_is_told_with_exit_code_1(toy, tmp_path, name, capsys, monkeypatch):
+def test_a_file_of_another_network_is_told_with_exit_code_1_and_taken_away(toy, tmp_path, name, capsys, monkeypatch):
     if name == "onnx":
         pytest.importorskip("onnxscript")
     package = tmp_path / "toy" / "export.py"
@@ -130,8 +130,15 @@ def test_a_file_of_another_network_is_told_with_exit_code_1(toy, tmp_path, name,
         toy.network[1].bias += torch.tensor([0.0, 1e-4, 0.0])  # the file stays as it was
     assert not check(toy, tmp_path / "folder", name, build)
     assert "DIFFERS" in capsys.readouterr().out
-    monkeypatch.setattr(export, "write", lambda *_: None)
+    stale = export.packed(toy, [name])
+    with torch.no_grad():
+        toy.network[1].bias += torch.tensor([0.0, 1e-4, 0.0])
+    monkeypatch.setattr(export, "packed", lambda taken, formats: stale if formats else {})
     assert export_command(str(package), arguments, lambda parser: None, lambda asked: toy, build) == 1
+    assert f"taken away again: model.{name}" in capsys.readouterr().out
+    left = {path.name for path in (tmp_path / "folder").iterdir()}
+    assert left == {"README.md", "config.json"}
+    assert set(json.loads((tmp_path / "folder" / "config.json").read_text())["files"]) == {"README.md"}
 
 
 def test_only_onnx_may_differ_by_a_share_of_a_large_logit_and_says_so(toy, tmp_path, capsys, monkeypatch):

@@ -13,7 +13,7 @@ from shared import study
 from shared.checkpoint import load_state
 from shared.errors import ConfigError
 from shared.run import folder_name, read_results
-from shared.study import Job, Outcome, choose_scale, forecast, log_of, progress_of, run_jobs
+from shared.study import HOPELESS, Job, Outcome, choose_scale, forecast, log_of, progress_of, run_jobs
 
 
 def job(name: str, group: str = "a", folder: Path = Path("/nowhere"), arguments: tuple[str, ...] = ()) -> Job:
@@ -79,6 +79,23 @@ def test_a_failing_job_is_reported_with_its_last_line_and_the_others_finish(tmp_
     assert "bad bytes" in outcomes["junk"].message
     assert outcomes["ends"].message == ""
     assert "failed: says: error: the disk is full" in capsys.readouterr().err
+
+
+def test_a_study_whose_first_runs_all_end_with_one_error_starts_no_others(tmp_path, broken_module, capsys):
+    jobs = [job(f"says{i}", folder=tmp_path, arguments=("says",)) for i in range(9)]
+    outcomes = run_jobs(broken_module, jobs, 1)
+    assert [outcomes[item.name].code for item in jobs] == [2] * HOPELESS + [1] * (9 - HOPELESS)
+    assert outcomes["says8"].message == "not started"
+    said = capsys.readouterr().err
+    assert said.count("the disk is full") == HOPELESS
+    assert "failed: 6 other runs are not started" in said
+
+
+@pytest.mark.parametrize("first", ["ends", "raises"])
+def test_a_study_goes_on_where_not_all_runs_end_with_the_same_error(tmp_path, broken_module, first):
+    hows = (first, "says", "says", "says", "ends")
+    jobs = [job(f"{number}", folder=tmp_path, arguments=(how,)) for number, how in enumerate(hows)]
+    assert run_jobs(broken_module, jobs, 1)["4"].code == 0
 
 
 def test_the_environment_and_the_signals_are_as_before_after_a_study(tmp_path, broken_module, monkeypatch):
