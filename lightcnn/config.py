@@ -21,12 +21,14 @@ class DataConfig(Section):
 
     name: Literal["sample", "mnist", "fashion_mnist", "cifar10"]
     download: bool = False
-    validation: int = Field(10_000, ge=1, description="the number of training images held out for validation")
-    validation_from: Literal["first", "each_class"] = Field(
+    val_images: int = Field(10_000, ge=1, description="the number of training images held out for validation")
+    val_from: Literal["first", "each_class"] = Field(
         "first", description="which are held out: the first in file order (the paper), or the first of each class"
     )
-    train: int | None = Field(None, ge=1, description="training images taken, evenly over the classes (default: all)")
-    test: int | None = Field(None, ge=1, description="test images read, evenly over the classes (default: all)")
+    train_images: int | None = Field(
+        None, ge=1, description="training images taken, evenly over the classes (default: all)"
+    )
+    test_images: int | None = Field(None, ge=1, description="test images read, evenly over the classes (default: all)")
 
 
 class AugmentConfig(Section):

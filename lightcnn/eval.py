@@ -232,8 +232,8 @@ def open_run(folder: Path, problem: Problem) -> Finished:
     Raises:
         CheckpointError, RunError: it is missing, unfinished or damaged, or was trained on other images.
     """
-    results = read_run(folder, "lightcnn", data={"train_digest": str})
-    if results["data"]["train_digest"] != problem.digest:
+    results = read_run(folder, "lightcnn", data={"digests": dict})
+    if results["data"]["digests"].get("train") != problem.digest:
         raise RunError(f"{folder}: was not trained on this run's images and split; train it anew")
     config = load(folder / "config.yaml", Config)
     own = load_problem(config, problem.images.device)
@@ -256,11 +256,11 @@ def run_eval(arguments: Sequence[str]) -> int:
     """The command: 0 if every figure is what the run reported, 1 if not."""
     asked = eval_parser("lightcnn", __doc__).parse_args(arguments)
     check_shared(__file__)
-    results = read_run(asked.run, "lightcnn", data={"train_digest": str, "test_digest": str})
+    results = read_run(asked.run, "lightcnn", data={"digests": dict})
     config = load(asked.run / "config.yaml", Config)
     device = setup(asked.device if asked.device != "auto" else config.device, config.threads)
     problem, test = load_problem(config, device), load_test(config)
-    if results["data"]["train_digest"] != problem.digest or results["data"]["test_digest"] != test.digest:
+    if results["data"]["digests"] != {"train": problem.digest, "test": test.digest}:
         raise RunError(f"{asked.run}: the data or its split is not what the run was trained on")
     steps = plan(config, problem)
     points = load_points(asked.run, steps, problem)

@@ -38,7 +38,7 @@ def take(asked: argparse.Namespace) -> Portable:
         ConfigError: there is no such network in the run.
         CheckpointError: it is missing, damaged, or not that of the configuration.
     """
-    results = read_run(asked.run, "lightcnn", data={"train_images": int, "validation_images": int})
+    results = read_run(asked.run, "lightcnn", data={"train_images": int, "val_images": int})
     config = load(asked.run / "config.yaml", Config)
     seed = config.seed if asked.seed is None else asked.seed
     folder = folder_of(asked.run / "model", seed, asked.fold)
@@ -61,7 +61,7 @@ def take(asked: argparse.Namespace) -> Portable:
         moment="the weights that the validation images chose, tested once", paper=PAPER, tags=["lightweight", "cnn"],
         title=f"LightCNN: {method}, seed {seed}" + (f", fold {asked.fold}" if asked.fold else ""),
         about=f"A network of {sum(p.numel() for p in network.parameters()):,} parameters, trained on "
-              f"{facts['train_images']:,} images; {facts['validation_images']:,} more chose its epoch.",
+              f"{facts['train_images']:,} images; {facts['val_images']:,} more chose its epoch.",
         limits=["Trained for a study of methods, on one data set; nothing is known of it on other pictures."],
     )  # fmt: skip
 

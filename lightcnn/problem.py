@@ -63,9 +63,9 @@ class Problem:
         """What is worth knowing of the data, for the run's log."""
         lane = self.lanes[0]
         return {
-            "train_images": len(lane.train), "validation_images": len(lane.validation), "lanes": len(self.lanes),
+            "train_images": len(lane.train), "val_images": len(lane.validation), "lanes": len(self.lanes),
             "image": [self.in_channels, self.image_size, self.image_size], "classes": list(self.classes),
-            "train_digest": self.digest,
+            "digests": {"train": self.digest},
         }  # fmt: skip
 
 
@@ -95,10 +95,11 @@ def load_test(config: Config) -> ImageSet:
     """
     test_set = data.load(config.data.name, "test", download=config.data.download)
     check_square(test_set)
-    if config.data.test is None:
+    if config.data.test_images is None:
         return test_set
     classes = len(test_set.classes)
-    return data.take(test_set, (ranks(test_set.labels, classes) < -(-config.data.test // classes)).nonzero()[:, 0])
+    each = -(-config.data.test_images // classes)
+    return data.take(test_set, (ranks(test_set.labels, classes) < each).nonzero()[:, 0])
 
 
 def check_square(image_set: ImageSet) -> None:
@@ -116,28 +117,25 @@ def split(whole: ImageSet, config: DataConfig) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: there are too few images, or a class is missing on one side.
     """
-    wanted = config.validation + (config.train or 1)
+    wanted = config.val_images + (config.train_images or 1)
     if wanted > len(whole):
-        trained = f"data.train: {config.train} images, and " if config.train else ""
+        trained = f"data.train_images: {config.train_images}, and " if config.train_images else ""
         raise DataError(
-            f"{trained}data.validation: {config.validation} images are asked of {len(whole)}; ask for fewer"
+            f"{trained}data.val_images: {config.val_images} are asked of {len(whole)} images; ask for fewer"
         )
-    rank = ranks(whole.labels, len(whole.classes))
-    indices = torch.arange(len(whole))
-    if config.validation_from == "first":
-        held = indices < config.validation
-    else:
-        held = rank < config.validation // len(whole.classes)
+    indices, classes = torch.arange(len(whole)), len(whole.classes)
+    rank = ranks(whole.labels, classes)
+    held = indices < config.val_images if config.val_from == "first" else rank < config.val_images // classes
     validation, train = indices[held], indices[~held]
-    if config.train is not None:
-        train = train[ranks(whole.labels[train], len(whole.classes)) < config.train // len(whole.classes)]
+    if config.train_images is not None:
+        train = train[ranks(whole.labels[train], classes) < config.train_images // classes]
     for name, part in (("training", train), ("validation", validation)):
-        counts = torch.bincount(whole.labels[part], minlength=len(whole.classes))
+        counts = torch.bincount(whole.labels[part], minlength=classes)
         if bool((counts == 0).any()):
             lacking = whole.classes[int((counts == 0).nonzero()[0])]
             raise DataError(
                 f"{whole.name}: no {name} image of class {lacking!r} with {len(part)} images; "
-                "set data.validation_from=each_class where the file is sorted by class, or take more images"
+                "set data.val_from=each_class where the file is sorted by class, or take more images"
             )
     return train, validation
 

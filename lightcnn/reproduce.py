@@ -152,7 +152,7 @@ def report_of(
     fewer = "Rows of fewer seeds have the first ones; " if len(seeds) > 1 else ""
     about = (
         f"Accuracy in %, mean ± deviation over seeds, on {data['test_images']:,} test images that were read "
-        f"once; epochs were chosen on {data['validation_images']:,} validation images. {fewer}"
+        f"once; epochs were chosen on {data['val_images']:,} validation images. {fewer}"
         f"`epochs` were run, not kept. {unequal_epochs(figures)}{rows[0].device}, "
         f"{rows[0].precision}, {shared_report.commits_of(rows)}, `{command}`."
     )

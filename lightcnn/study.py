@@ -120,7 +120,7 @@ def report_of(path: Path, rows: "Sequence[Row]", data: Mapping[str, Any], comman
                   for claim in budget_claims(load(path, Config).data.name, data["image"][0])]  # fmt: skip
     about = (
         "Accuracy in %, mean ± deviation over seeds, of each run's best epoch on "
-        f"{data['validation_images']:,} validation images; {data['test_images']:,} test images were read once, after "
+        f"{data['val_images']:,} validation images; {data['test_images']:,} test images were read once, after "
         "all training. The gain is that of a row over the one above it, on the test images, paired by seed, with its "
         "95 % interval; all students have the same teacher, so the last gain's does not cover another one. "
         f"{rows[-1].device}, {rows[-1].precision}, {shared_report.commits_of(rows)}, `{command}`."

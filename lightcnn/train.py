@@ -61,7 +61,7 @@ def check_data(run: "Run[Config]", problem: "Problem") -> None:
     """DataError where an interrupted run began on other images than it finds now."""
     from shared.run import read_metrics
 
-    if any(row["train_digest"] != problem.digest for row in read_metrics(run.folder, "start")):
+    if any(row["digests"]["train"] != problem.digest for row in read_metrics(run.folder, "start")):
         raise DataError(f"{run.folder}: began on other training images; give it back its data, or use another --out")
 
 
@@ -129,11 +129,12 @@ def finish(
         own = [number for number, lane in enumerate(problem.lanes) if lane.seed == seed]
         total = max(sum(row["epochs"][number] for row in phases) for number in own)
         figures += evaluation.once({"epochs.run": total}, [seed])
+    digests = {"train": problem.digest, "test": test.digest}
     return run.finish(
         {
             "paper": "lightcnn", "config": run.folder.name.partition(f"-{config.method.name}-")[0],
             "method": config.method.name, "seeds": config.all_seeds, "figures": figures, "details": details,
-            "data": {**problem.facts(), "test_images": len(test), "test_digest": test.digest},
+            "data": {**problem.facts(), "test_images": len(test), "digests": digests},
             "model_digest": state_digest(tensors),
         },
         device, resolve_precision(config.precision, device),

@@ -120,10 +120,10 @@ class Study:
         if self.paper == "sparsevit":
             return found | {"test_images": data.test_images or found["test_images"]}
         classes = CLASSES[data.name]
-        of_test = found["test_images"] if data.test is None else -(-data.test // classes) * classes
-        held_out = data.validation if data.validation_from == "first" else data.validation // classes * classes
+        of_test = found["test_images"] if data.test_images is None else -(-data.test_images // classes) * classes
+        held_out = data.val_images if data.val_from == "first" else data.val_images // classes * classes
         image = [found["channels"], side, side]
-        return {"test_images": of_test, "validation_images": held_out, "image": image}
+        return {"test_images": of_test, "val_images": held_out, "image": image}
 
     def _command(self) -> str:
         """The command of the study: of the rows that are of the study as a whole, else what `methods.md` says.

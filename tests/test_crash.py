@@ -68,7 +68,7 @@ MOMENTS = {  # of the calls that change a file
     "fedloge": [*range(1, 15), *range(15, 81, 8)],  # each at the start, where a folder comes to be; then some of each
     "mdcs": [*range(20, 120, 17)], "lightcnn": [*range(15, 115, 25)], "sparsevit": [*range(15, 115, 25)],
 }  # fmt: skip
-TINY_LIGHTCNN = ("data={name: sample, validation: 50, validation_from: each_class, train: 130, test: 200}",
+TINY_LIGHTCNN = ("data={name: sample, val_images: 50, val_from: each_class, train_images: 130, test_images: 200}",
                  "stage1={epochs: 2, patience: 5}", "stage2={max_epochs: 2}", "seeds=2", "device=cpu")  # fmt: skip
 TINY_SPARSEVIT = (
     "data.train_images=120", "data.test_images=50", "data.val_images=20", "batch_size=10", "eval_batch_size=25",

@@ -251,7 +251,7 @@ def test_the_network_of_every_kind_of_method_is_built_again(method):
 READ = {  # of the data, by the commands that evaluate a run and that use its networks
     "fedloge": {"eval": ["digests"], "predict": ["images", "class_counts", "client_sizes", "local_test_sizes"]},
     "mdcs": {"eval": ["class_counts", "digests"], "predict": ["images", "class_counts"]},
-    "lightcnn": {"eval": ["train_digest", "test_digest"], "predict": ["train_images", "validation_images"]},
+    "lightcnn": {"eval": ["digests"], "predict": ["train_images", "val_images"]},
     "sparsevit": {"eval": ["digests"], "predict": ["images"]},
 }
 

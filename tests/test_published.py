@@ -146,7 +146,7 @@ def test_a_study_of_the_budget_is_made_again_with_the_command_that_its_table_nam
     folder, rows = tmp_path / "lightcnn" / "budget_smoke", budget_rows()
     path = REPOSITORY / "lightcnn" / "configs" / "budget_smoke.yaml"
     command = "python -m lightcnn.reproduce --study budget"
-    data = {"image": [1, 28, 28], "validation_images": 200, "test_images": 500}
+    data = {"image": [1, 28, 28], "val_images": 200, "test_images": 500}
     write_rows(folder / "results.csv", rows)
     for name, text in report_of(path, rows, data, command).texts().items():
         (folder / name).write_text(text)

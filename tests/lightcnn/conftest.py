@@ -15,7 +15,7 @@ from shared.config import parse
 CPU = torch.device("cpu")
 TEXT = """
 paper: lightcnn
-data: {name: sample, validation: 50, validation_from: each_class, train: 130, test: 200}
+data: {name: sample, val_images: 50, val_from: each_class, train_images: 130, test_images: 200}
 stage1: {epochs: 2, patience: 5}
 stage2: {max_epochs: 2}
 plain: {epochs: 2}

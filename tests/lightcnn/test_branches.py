@@ -10,7 +10,7 @@ from shared.checkpoint import load_model
 from shared.run import read_metrics
 
 OVERRIDES = (
-    "data={name: sample, validation: 50, validation_from: each_class, train: 130, test: 200}",
+    "data={name: sample, val_images: 50, val_from: each_class, train_images: 130, test_images: 200}",
     "stage1={epochs: 2, patience: 5}", "stage2={max_epochs: 1}", "seeds=3", "device=cpu",
 )  # fmt: skip
 
@@ -49,7 +49,7 @@ def test_a_variant_from_trained_branches_is_the_variant_trained_whole_to_the_bit
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("data.train=120", "not trained on this run's images"), ("seeds=4", "has no branches of seed 3"),
+    [("data.train_images=120", "not trained on this run's images"), ("seeds=4", "has no branches of seed 3"),
      ("stage1.epochs=3", "no branches of this stage 1"), ("method=two_clean", "no branches of this stage 1"),
      ("augment.zoom=0.1", "no branches of this stage 1"), ("precision=bfloat16", "no branches of this stage 1"),
      ("method={name: two_stage, kfold: honest, folds: 2}", "seed 0 saw other images (method.kfold, method.folds)"),

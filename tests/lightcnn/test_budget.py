@@ -125,7 +125,7 @@ def test_every_rung_adds_what_it_says_and_the_last_is_the_configuration(tmp_path
 
 
 def test_a_teacher_of_other_images_is_refused_and_a_right_one_gives_its_logits(tmp_path, config_of, problem_of):
-    data = "data={name: sample, validation: 20, validation_from: each_class, train: 60}"
+    data = "data={name: sample, val_images: 20, val_from: each_class, train_images: 60}"
     arguments = ["--config", "lightcnn/configs/budget_smoke.yaml", "--out", str(tmp_path)]
     assert train_main([*arguments, data, "method.epochs=1"]) == 0
     (folder,) = (tmp_path / "lightcnn").iterdir()
@@ -147,14 +147,14 @@ def test_a_teacher_of_other_images_is_refused_and_a_right_one_gives_its_logits(t
     assert torch.equal(state_batch.soft, state.soft[order])
     torch.testing.assert_close(state.soft, wanted, atol=1e-4, rtol=1e-4)
     assert torch.equal(state_batch.labels, problem.labels[order])
-    other = config_of("data={name: sample, validation: 20, validation_from: each_class, train: 50}")
+    other = config_of("data={name: sample, val_images: 20, val_from: each_class, train_images: 50}")
     with pytest.raises(RunError, match="not trained on this run's images"):
         teacher_logits(recipe, problem_of(other), other)
 
 
 @pytest.mark.parametrize("kfold", ["honest", "notebook"])
 def test_a_teacher_that_was_trained_in_folds_saw_the_validation_images_and_is_refused(tmp_path, kfold, problem_of):
-    data = "data={name: sample, validation: 20, validation_from: each_class, train: 60}"
+    data = "data={name: sample, val_images: 20, val_from: each_class, train_images: 60}"
     short = ("stage1.epochs=1", "stage2.max_epochs=1", "seeds=1")
     method = f"method={{name: two_stage, kfold: {kfold}, folds: 2}}"
     arguments = ["--config", "lightcnn/configs/smoke.yaml", "--out", str(tmp_path), data, *short, method]

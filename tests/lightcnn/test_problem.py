@@ -33,7 +33,7 @@ def write_idx(folder, labels, side=28, images=None, magic=3):
 
 def mnist(tmp_path, *overrides, **files):
     write_idx(tmp_path / "MNIST" / "raw", **files)
-    return ["--config", "smoke", "--out", str(tmp_path / "out"), "data={name: mnist, validation: 20}", *overrides]
+    return ["--config", "smoke", "--out", str(tmp_path / "out"), "data={name: mnist, val_images: 20}", *overrides]
 
 
 def image_set(labels):
@@ -49,7 +49,7 @@ def config(**keys):
 
 def test_validation_is_the_first_images_in_file_order_and_disjoint_from_training():
     whole = image_set([i % 10 for i in range(100)])
-    train, validation = split(whole, config(validation=30).data)
+    train, validation = split(whole, config(val_images=30).data)
     assert validation.tolist() == list(range(30))
     assert train.tolist() == list(range(30, 100))
 
@@ -64,19 +64,19 @@ def test_the_papers_split_holds_out_the_first_10000():
 
 def test_of_a_file_sorted_by_class_the_first_of_each_class_are_held_out():
     whole = image_set([c for c in range(10) for _ in range(8)])
-    train, validation = split(whole, config(validation=20, validation_from="each_class", train=30).data)
+    train, validation = split(whole, config(val_images=20, val_from="each_class", train_images=30).data)
     assert validation.tolist() == [8 * c + k for c in range(10) for k in (0, 1)]
     assert train.tolist() == [8 * c + k for c in range(10) for k in (2, 3, 4)]
     with pytest.raises(DataError, match=r"no training image of class '0'.*each_class"):
-        split(whole, config(validation=20).data)
+        split(whole, config(val_images=20).data)
 
 
 @pytest.mark.parametrize(("validation", "train"), [(100, None), (95, 10), (1000, None)])
 def test_more_validation_images_than_there_are_is_refused(validation, train):
-    keys = {"validation": validation} | ({"train": train} if train else {})
-    first = "data.train: 10 images, and " if train else ""
+    keys = {"val_images": validation} | ({"train_images": train} if train else {})
+    first = "data.train_images: 10, and " if train else ""
     with pytest.raises(
-        DataError, match=f"^{first}data.validation: {validation} images are asked of 100; ask for fewer$"
+        DataError, match=f"^{first}data.val_images: {validation} are asked of 100 images; ask for fewer$"
     ):
         split(image_set([i % 10 for i in range(100)]), config(**keys).data)
 
@@ -90,7 +90,7 @@ def test_the_problem_holds_the_images_that_are_used_and_says_where_they_stood(co
         assert not set(lane.train.tolist()) & set(lane.validation.tolist())
         assert torch.equal(problem.labels[lane.validation].bincount(), torch.full((10,), 5))
     assert [lane.seed for lane in problem.lanes] == [0, 1]
-    other = load_problem(config_of("data={name: sample, validation: 60, validation_from: each_class, train: 120}"), CPU)
+    other = load_problem(config_of("data={name: sample, val_images: 60, val_from: each_class, train_images: 120}"), CPU)
     assert other.digest != problem.digest
 
 
@@ -170,6 +170,6 @@ def test_real_layouts_train_mnist_and_cifar10(tmp_path, monkeypatch, capsys):
         records = torch.randint(256, (20, 3073), generator=draws, dtype=torch.uint8)
         records[:, 0] = torch.arange(20) % 10
         (folder / name).write_bytes(bytes(records.flatten().tolist()))
-    arguments = ["--config", "smoke", "--out", str(tmp_path / "out"), "data={name: cifar10, validation: 20}"]
+    arguments = ["--config", "smoke", "--out", str(tmp_path / "out"), "data={name: cifar10, val_images: 20}"]
     assert main([*arguments, "stage2.max_epochs=1", "seeds=1"]) == 0
     assert "accuracy on 20 test images" in capsys.readouterr().out

@@ -68,11 +68,11 @@ def test_what_is_compared_over_as_many_epochs_has_them_and_does_not_stop_early(s
 
 def test_a_file_of_ones_own_is_what_is_run_under_the_plan_of_its_name(tmp_path):
     own = tmp_path / "mini.yaml"
-    own.write_text(find_config("mini", "lightcnn").read_text().replace("train: 4000", "train: 1000"))
+    own.write_text(find_config("mini", "lightcnn").read_text().replace("train_images: 4000", "train_images: 1000"))
     asked = Namespace(config=str(own), methods=None, seeds=None)
     (part,) = chosen_slices(asked, "smoke")
     assert (part.methods, part.seeds) == (PLANS["mini"][0].methods, PLANS["mini"][0].seeds)
-    assert {config.data.train for config in configs_of(part, tmp_path).values()} == {1000}
+    assert {config.data.train_images for config in configs_of(part, tmp_path).values()} == {1000}
     asked = Namespace(config="fashion_mnist", methods=["lenet5", "scratch"], seeds=None)
     (part,) = chosen_slices(asked, "paper")
     assert (part.config, part.methods, part.seeds, part.epochs) == ("fashion_mnist", ("lenet5", "scratch"), 3, 57)

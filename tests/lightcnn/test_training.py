@@ -17,7 +17,7 @@ from tests.lightcnn.stacks import largest_difference
 @pytest.mark.parametrize("schedule", ["paper", "literal", "notebook", "all_at_once"])
 def test_a_phase_moves_all_that_it_trains_and_nothing_else(config_of, problem_of, schedule):
     config = config_of(f"method={{name: two_stage, schedule: {schedule}}}", "batch_size=256", "stage1.epochs=1",
-                       "data={name: sample, validation: 50, validation_from: each_class, train: 770}")  # fmt: skip
+                       "data={name: sample, val_images: 50, val_from: each_class, train_images: 770}")  # fmt: skip
     problem, points = problem_of(config), {}
     for step in plan(config, problem):
         state = training.begin(step, points, problem, config)
@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(config_of, problem_of
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(config_of, problem_of, run_phases, method):
     config = config_of(f"method={method}", "seeds=2", "stage2.max_epochs=1", "stage1.epochs=1", "plain.epochs=1",
-                       "data={name: sample, validation: 20, validation_from: each_class, train: 20}",
+                       "data={name: sample, val_images: 20, val_from: each_class, train_images: 20}",
                        "batch_size=10")  # fmt: skip
     problem = problem_of(config)
     points, _, epochs = run_phases(config, problem)
@@ -235,7 +235,7 @@ def test_a_step_can_be_interrupted_and_the_state_says_where(config_of, problem_o
 
 
 def test_64_images_are_learnt_by_heart(config_of, problem_of, run_phases):
-    config = config_of("data={name: sample, validation: 50, validation_from: each_class, train: 70}", "seeds=1",
+    config = config_of("data={name: sample, val_images: 50, val_from: each_class, train_images: 70}", "seeds=1",
                        "stage1.epochs=1", "batch_size=64")  # fmt: skip
     problem = problem_of(config)
     lane = problem.lanes[0]
@@ -257,7 +257,7 @@ def test_64_images_are_learnt_by_heart(config_of, problem_of, run_phases):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "below"),
-    [("name: mnist", 0.03), ("name: sample, validation_from: each_class", 0.08)],
+    [("name: mnist", 0.03), ("name: sample, val_from: each_class", 0.08)],
     ids=["mnist", "sample"],
 )
 def test_the_clean_branch_is_ahead_and_the_new_head_keeps_its_accuracy(
@@ -267,7 +267,7 @@ def test_the_clean_branch_is_ahead_and_the_new_head_keeps_its_accuracy(
 
     Three seeds each were 0.7 to 1.1 points below the clean branch on digits, 3 to 6 on clothes.
     """
-    size = "validation: 10000, train: 10000" if "mnist" in source else "validation: 1000"
+    size = "val_images: 10000, train_images: 10000" if "mnist" in source else "val_images: 1000"
     config = config_of(f"data={{{source}, {size}}}", "stage2.max_epochs=1", "seeds=3")
     try:
         problem = problem_of(config)
