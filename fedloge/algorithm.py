@@ -37,8 +37,7 @@ class FedAvgGla(PrivateHead):
         super().__init__(config, shape)
         settings = config.method
         assert isinstance(settings, FedAvgGlaConfig | FedLoGeConfig | DenseEtfConfig)
-        self.heads_bias, self.rule = settings.heads_bias, settings.personal_rule
-        self.scale = 1.0 if isinstance(settings, FedAvgGlaConfig) else settings.scale
+        self.heads_bias, self.rule, self.scale = settings.heads_bias, settings.personal_rule, settings.scale
 
     def loss(self, network: Network, images: Tensor, targets: Tensor, client: Client, received: State) -> Tensor:
         """FedAvg's loss, and the private head's on detached features."""

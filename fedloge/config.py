@@ -86,6 +86,7 @@ class FedAvgGlaConfig(Section):
 
     name: Literal["fedavg_gla"]
     heads_bias: bool = False
+    scale: Positive = 1.0
     personal_rule: Literal["paper", "code", "readme", "stage1_sum"] = "paper"
 
 

@@ -5,7 +5,7 @@ One pass of the backbone over the test images serves the generic heads and all c
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,13 @@ CLIENTS_AT_ONCE = 16  # whose heads are put together at once; bounds the memory,
 Figures = dict[str, float | None]
 
 
-def evaluate(server: Server, problem: Problem, config: Config) -> tuple[Figures, dict[str, Any]]:
+def evaluate(
+    server: Server, problem: Problem, config: Config, after_step: Callable[[], None] = lambda: None
+) -> tuple[Figures, dict[str, Any]]:
     """All figures of the present models, and the details behind them (per class, per client).
 
     A figure is `<generic|personal>[_variant].<metric>`, a share in [0, 1]; a group without classes has None.
+    `after_step` is called after each step of fine-tuning.
     """
     figures: Figures = {}
     details: dict[str, Any] = {}
@@ -43,7 +46,7 @@ def evaluate(server: Server, problem: Problem, config: Config) -> tuple[Figures,
     for variant, head in server.method.generic_heads(server).items():
         add_generic(figures, details, named("generic", variant), features, head, problem)
     if server.method.whole_personal:
-        add_personal(figures, details, [""], whole_predictions(server, problem, config), problem)
+        add_personal(figures, details, [""], whole_predictions(server, problem, config, after_step), problem)
     else:
         variants = list(server.method.personal_heads(server, slice(1)))
         add_personal(figures, details, variants, head_predictions(features, server, problem, config), problem)
@@ -104,7 +107,9 @@ def head_predictions(features: Tensor, server: Server, problem: Problem, config:
             yield masked(logits, client.counts, config).argmax(dim=-1)
 
 
-def whole_predictions(server: Server, problem: Problem, config: Config) -> Iterator[Tensor]:
+def whole_predictions(
+    server: Server, problem: Problem, config: Config, after_step: Callable[[], None] = lambda: None
+) -> Iterator[Tensor]:
     """Predictions [n_k, 1] where a personal model has weights of its own: loaded and fine-tuned client by client."""
     method, device = server.method, problem.test.labels.device
     unused = torch.Generator()  # test images are not augmented
@@ -112,7 +117,7 @@ def whole_predictions(server: Server, problem: Problem, config: Config) -> Itera
         load_client(server, client.index)
         if phases := method.fine_tuning():
             names = ("fine tune", server.round, client.index)
-            train_client(server, problem.train, client, phases, config, names, method.fine_tuning_loss)
+            train_client(server, problem.train, client, phases, config, names, method.fine_tuning_loss, after_step)
         server.network.eval()
         parts = [part for part in torch.split(images, config.evaluate.batch_size) if len(part)]
         batches = problem.test.prefetch(parts, unused)

@@ -62,8 +62,12 @@ class Network(nn.ModuleDict):
         return cast(Tensor, self[part].weight), cast("Tensor | None", getattr(self[part], "bias", None))
 
     def logits(self, part: str, features: Tensor) -> Tensor:
-        """Logits [B, C] of features [B, d]."""
-        return functional.linear(features, *self.head(part))
+        """Logits [B, C] of features [B, d], in float32 also under autocast: logits rounded to bfloat16 tie."""
+        kind = features.device.type
+        if not torch.is_autocast_enabled(kind):
+            return functional.linear(features, *self.head(part))
+        with torch.autocast(kind, enabled=False):
+            return functional.linear(features.float(), *self.head(part))
 
 
 def build_backbone(name: str, in_channels: int, image_size: int, seed: int) -> Backbone:

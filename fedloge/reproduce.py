@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from shared.cli import check_shared, check_study, find_config, run_main, shown, study_parser
 from shared.publish import publish
@@ -87,10 +87,13 @@ def report_of(
 
     config = load(config_path, Config)
     figures = shared_report.figures_of(rows, config.headline)
-    sparsity = config.method.sparsity if isinstance(config.method, FedLoGeConfig) else 0.0
+    theirs = config.method
+    if not isinstance(theirs, FedLoGeConfig):  # what the arm of that name has, whatever the file's own method is
+        theirs = cast(FedLoGeConfig, load(config_path, Config, ["method=fedloge"]).method)
     width = build_backbone(config.model.name, len(config.data.mean), config.data.image_size or 32, seed=0).feature_dim
     judgements = [
-        judge(claim, figures, statistics) for claim in all_claims(classes, width, sparsity, "fedbn" in methods)
+        judge(claim, figures, statistics)
+        for claim in all_claims(classes, width, theirs.sparsity, theirs.heads_bias, "fedbn" in methods)
     ]
     judgements.sort(key=lambda item: item.verdict == "not run")
     about = (

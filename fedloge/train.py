@@ -72,7 +72,8 @@ def log_evaluation(run: "Run[Config]", server: "Server", problem: "Problem", con
     """Append all figures of this moment to the run's log."""
     from fedloge.eval import evaluate, geometry
 
-    figures, details = evaluate(server, problem, config)
+    # A signal in here ends the run without saving: the last state stands, from before the round's end.
+    figures, details = evaluate(server, problem, config, run.check)
     lengths = {k: v for k, v in geometry(server, problem, config)[0].items() if k.startswith(("psi.", "phi."))}
     last = server.round == config.rounds
     run.log("evaluate", round=server.round, figures={**figures, **lengths}, details=details if last else {})

@@ -82,6 +82,20 @@ def test_fine_tuned_fedavg_has_fedavgs_bits_and_evaluating_it_changes_none(lab):
     assert evaluate(tuned, problem, config)[0] == figures
 
 
+def test_a_signal_is_heard_while_personal_models_are_fine_tuned(lab):
+    config, problem = lab.configure("fedavg_ft"), lab.problem()
+    server, steps = lab.play(config, problem), []
+
+    def stop() -> None:
+        steps.append(1)
+        if len(steps) == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        evaluate(server, problem, config, stop)
+    assert len(steps) == 2
+
+
 def test_fine_tuned_fedavg_trains_everything_on_the_clients_own_training_images(lab):
     config, problem = lab.configure("{name: fedavg_ft, fine_tune_epochs: 3}"), lab.problem()
     server = lab.play(config, problem)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedloge.model import build_backbone, linear_head
+from fedloge.model import Network, build_backbone, linear_head
 from shared.errors import ConfigError
 
 # name, channels, image size -> feature width, parameters
@@ -137,3 +137,14 @@ def test_importing_the_models_does_not_import_torchvision():
     program = "import sys, fedloge.model; sys.exit('torchvision' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 0
+
+
+def test_heads_are_computed_in_float32_also_under_autocast():
+    network = Network({"backbone": build_backbone("mlp", 1, 14, 0), "classifier": linear_head(64, 10, True, 1)})
+    images = torch.rand(16, 1, 14, 14)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = network.features(images)
+        logits = network.logits("classifier", features)
+    assert features.dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, network.logits("classifier", features.float()))

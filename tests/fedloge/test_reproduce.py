@@ -1,12 +1,16 @@
 """The study's plan: which runs, under which settings, and what may be published."""
 
+import re
+
 import pytest
 
 from fedloge.claims import GENERIC_BASELINES, PERSONAL_BASELINES, all_claims
 from fedloge.config import Config
-from fedloge.reproduce import PLANS, jobs_of, main
+from fedloge.reproduce import PLANS, jobs_of, main, report_of
+from shared.claims import Fact
 from shared.cli import find_config
 from shared.config import load
+from shared.report import Row
 
 
 @pytest.mark.parametrize(("method", "norm"), [("fedloge", 1.0), ("dense_etf", 1.0)])
@@ -39,12 +43,28 @@ def test_part_of_a_study_is_not_published(tmp_path, capsys):
 
 def test_fedbn_is_an_opponent_of_the_personal_models_wherever_it_is_run():
     def opponents(fedbn):
-        claims = all_claims(10, 64, 0.6, fedbn)
+        claims = all_claims(10, 64, 0.6, fedbn=fedbn)
         return [c.right for c in claims if isinstance(getattr(c, "right", None), tuple) and "personal" in c.left]
 
     assert len(opponents(True)) == len(opponents(False)) == 2
     assert all("fedbn/personal.accuracy" in right for right in opponents(True))
     assert not any("fedbn/personal.accuracy" in right for right in opponents(False))
+
+
+@pytest.mark.parametrize("own", ["{name: fedloge, heads_bias: true, scale: 1.7}", "{name: fedavg}"])
+def test_facts_are_of_the_arm_of_the_papers_name_whatever_the_files_own_method(tmp_path, own):
+    path = tmp_path / "own.yaml"
+    text = find_config("smoke", "fedloge").read_text()
+    path.write_text(re.sub(r"(?m)^method:.*$", f"method: {own}", text))
+    config = load(path, Config)
+    row = Row("fedloge", "own", "fedloge", 0, "once", "-", "sent.beyond_backbone", 0.0, "CPU", "float32", "0" * 40, 1.0,
+              "python -m fedloge.train --config smoke")  # fmt: skip
+    facts = {j.claim.figure: j.claim.value for j in report_of(path, ["fedloge"], [row], 10, False, "x").judgements
+             if isinstance(j.claim, Fact)}  # fmt: skip
+    assert facts["fedloge/sent.beyond_backbone"] == 10 * (64 + ("true" in own))
+    assert facts["fedloge/etf.zero_share"] == pytest.approx(0.6)
+    gla = load(path, Config, ["method=fedavg_gla"]).method
+    assert getattr(gla, "scale", None) == getattr(config.method, "scale", 1.0)
 
 
 def test_every_baseline_of_a_best_of_claim_runs_in_the_small_study():
