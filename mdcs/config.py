@@ -197,6 +197,12 @@ class OptimizerConfig(Section):
     nesterov: bool = True
     weight_decay: float = Field(5e-4, ge=0)
 
+    @model_validator(mode="after")
+    def _of_nesterov(self) -> "OptimizerConfig":
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0; set nesterov: false with momentum: 0")
+        return self
+
 
 class StepSchedule(Section):
     """A rise, then a factor at each milestone."""

@@ -190,7 +190,7 @@ def plan_of(config_name: str) -> Plan:
 def parser() -> argparse.ArgumentParser:
     """The arguments of the command."""
     parser = study_parser("mdcs", __doc__, "arms")
-    studies = "main, distillation (what it adds, many seeds), views (every baseline on the strong view and on both), "
+    studies = "main, distillation (what it adds, many seeds), views (baselines on the strong view and on both), "
     studies += "sweeps (lambda, alpha, temperature, number of experts), variance (a subset of its own for each seed)"
     parser.add_argument("--study", default="main", help=studies)
     return parser

@@ -43,7 +43,7 @@ SWEEPS: Arms = {
     **{f"lambda1_{x}": (f"method.lambdas=[{x}, 1.0, 2.5]",) for x in ("-1.0", "0.0")},
     **{f"experts_{n}": (f"method.lambdas={list(spaced_lambdas(n))}",) for n in (2, 4)},
 }
-VIEWS: Arms = {  # every baseline on the strong view, and with both
+VIEWS: Arms = {  # the baselines on the strong view, and with both; NCL has the strong one anyway
     "mdcs": (),
     **{
         f"{name}_{views}": (*MAIN[name], f"method.views={views}")

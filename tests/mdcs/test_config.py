@@ -145,6 +145,7 @@ def test_a_resolved_configuration_reads_back_equal(name):
         ("std: [0.353]", "std: []", 2, "mean has 1 channels and std 0"),
         ("lr: 0.05", "lr: 0", 9, "optimizer.lr: 0 must be above 0"),
         ("lr: 0.05", "lr: 0.05, momentum: 1", 9, "optimizer.momentum: 1 must be below 1"),
+        ("lr: 0.05", "lr: 0.05, momentum: 0", 9, "optimizer: nesterov needs a momentum above 0; set nesterov: false"),
         ("method: mdcs", "method: {name: mdcs, lambdas: []}", 8, "method.lambdas"),
         ("method: mdcs", "method: {name: mdcs, temperature: 0}", 8, "method.temperature: 0 must be above 0"),
         ("method: mdcs", "method: {name: ncl, networks: 1}", 8, "method.networks: 1 is below 2"),
