@@ -154,10 +154,15 @@ def add_personal(
         mean, deviation = metrics.mean_and_std(values)
         figures[f"{name}.accuracy"] = mean
         figures[f"{name}.spread"] = deviation if len(values) > 1 else None
-        figures[f"{name}.worst_decile"] = metrics.worst_decile(values)
+        figures[f"{name}.worst_decile"] = worst_decile(values)
         figures[f"{name}.balanced"] = float(balanced[sizes > 0, column].mean())
         details[f"{name}.clients"] = [round(value, 6) for value in values]
     details["clients_without_test"] = int((sizes == 0).sum())
+
+
+def worst_decile(values: Sequence[float]) -> float:
+    """Mean of the lowest tenth of the values (rounded up to whole values); nan where there is none."""
+    return metrics.mean_and_std(sorted(values)[: math.ceil(len(values) / 10)])[0]
 
 
 def group_means(values: Tensor, group: Tensor, num_groups: int) -> Tensor:

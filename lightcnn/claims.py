@@ -14,7 +14,7 @@ COMPARISONS: tuple[Comparison, ...] = (
         "abstract: merging two models",
         "two_stage/accuracy",
         "two_stage/branch_a.accuracy",
-        paper="+0.2 (validation, notebook)",
+        paper="+0.2 (MNIST, validation, notebook)",
         headline=True,
     ),
     Comparison(
@@ -113,7 +113,7 @@ def facts(in_channels: int) -> tuple[Fact, ...]:
     size, stated = (170_000, "abstract") if grey else (210_000, "a student's report of the paper, not the paper")
     return (
         Fact("The merged network has exactly the stated number of parameters", stated, "two_stage/parameters", "==",
-             parameters, paper=f"{parameters:,}", headline=True),
+             parameters, paper=f"{parameters:,}" + ("" if grey else " (a student's report)"), headline=True),
         Fact("The weights take four bytes a parameter", "computed", "two_stage/bytes.weights", "==", 4 * parameters),
         Fact("A file of the weights alone is at most half of the stated size",
              f"{stated}: {size / 1e6:.2f} MB; by the notebook a Keras archive with momentum, not measured here",

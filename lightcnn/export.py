@@ -53,15 +53,21 @@ def take(asked: argparse.Namespace) -> Portable:
         raise CheckpointError(f"{folder}: holds another network than the run's configuration describes") from None
     facts, method = results["data"], config.method.name
     own = [row for row in results["figures"] if row["seed"] == seed and (asked.fold is None or row["at"] == "once")]
-    wanted = ("accuracy", "validation", "parameters", "bytes.weights", "multiply_adds", "epochs.run")
+    in_folds = getattr(config.method, "kfold", None) == "notebook"
+    wanted = {"accuracy", "parameters", "bytes.weights", "multiply_adds", "epochs.run"}
+    chosen, how = "the validation images chose", f"{facts['val_images']:,} more chose its epoch"
+    if not in_folds:
+        wanted.add("validation")
+    else:  # then a validation figure means nothing, and does not leave the house
+        chosen, how = "early stopping kept in the last fold", "going on through all folds: it saw what chose its epochs"
     return Portable(
         network=network, architecture={**architecture, "network": type(network).__name__}, choice=folder.name,
         data=config.data.name, image=(channels, side, side), mean=[0.0] * channels, std=[1.0] * channels,
         classes=said["classes"], results=results, seed=seed, figures=[row for row in own if row["metric"] in wanted],
-        moment="the weights that the validation images chose, tested once", paper=PAPER, tags=["lightweight", "cnn"],
+        moment=f"the weights that {chosen}, tested once", paper=PAPER, tags=["lightweight", "cnn"],
         title=f"LightCNN: {method}, seed {seed}" + (f", fold {asked.fold}" if asked.fold else ""),
         about=f"A network of {sum(p.numel() for p in network.parameters()):,} parameters, trained on "
-              f"{facts['train_images']:,} images; {facts['val_images']:,} more chose its epoch.",
+              f"{facts['train_images']:,} images; {how}.",
         limits=["Trained for a study of methods, on one data set; nothing is known of it on other pictures."],
     )  # fmt: skip
 

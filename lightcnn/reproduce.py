@@ -214,8 +214,9 @@ def reproduce_budget(asked: argparse.Namespace, scale: str, command: str) -> int
     from lightcnn.study import TEACHER, configs_of, run_budget
     from shared.study import run_configurations
 
-    if asked.methods or (asked.publish and asked.seeds):
-        raise ConfigError("--study budget: leave --methods out, and --seeds where it is published")
+    check_study(asked, ())
+    if asked.methods:
+        raise ConfigError("--study budget: leave --methods out")
     paths = {path.stem: path for path in configs_of(scale, asked.config)}
 
     def one(stem: str) -> int:

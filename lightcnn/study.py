@@ -101,16 +101,22 @@ def method_of(config: Config) -> BudgetConfig:
 
 
 def run_budget(path: Path, out: Path, workers: int, seeds: int | None, command: str) -> tuple[Path, list[Job], int]:
-    """The teacher, then all rungs, then the report; returns its folder, the runs and how many failed."""
+    """The teacher, then all rungs, then the report; returns its folder, the runs and how many failed.
+
+    Without its teacher the last rung is not run, and counts as failed.
+    """
     config = load(path, Config)
     teacher = teacher_job(path, config, out)
     jobs = jobs_of(path, config, teacher.folder, out, seeds)
     print(f"{path.stem}: a teacher, then {len(jobs)} runs of {len(RUNGS)} rungs", flush=True)
-    outcomes = run_jobs("lightcnn.train", [teacher], workers) | run_jobs("lightcnn.train", jobs, workers)
-    done = finished([job for job in (teacher, *jobs) if outcomes[job.name].code == 0])
+    outcomes = run_jobs("lightcnn.train", [teacher], workers)
+    taught = outcomes[teacher.name].code == 0
+    possible = [job for job in jobs if taught or job.group != RUNGS[-1].name]
+    outcomes |= run_jobs("lightcnn.train", possible, workers)
+    done = finished([job for job in (teacher, *possible) if outcomes[job.name].code == 0])
     folder = out / "lightcnn" / f"report-{path.stem}{'-partial' if seeds else ''}"
     report(path, done, folder, command)
-    return folder, [teacher, *jobs], sum(outcome.code != 0 for outcome in outcomes.values())
+    return folder, [teacher, *jobs], 1 + len(jobs) - len(done)
 
 
 def report_of(path: Path, rows: "Sequence[Row]", data: Mapping[str, Any], command: str) -> shared_report.Report:

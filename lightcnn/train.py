@@ -70,14 +70,15 @@ def train_one_epoch(
 ) -> None:
     """To the end of the epoch; a signal saves the state between two steps, a loss that is not finite says where."""
     from lightcnn import feed, state, training
-    from shared.gpu import NotFiniteError
+    from shared.gpu import LossMeter, NotFiniteError
 
     first = phase.batch
 
-    def after_step() -> None:
+    def after_step(losses: LossMeter) -> None:
         try:
             run.check()
         except InterruptedRunError:
+            losses.read()  # weights after a loss that is not finite are no state to go on from
             run.save({"step": number, "points": points, "training": state.snapshot(phase)}, force=True)
             raise
 

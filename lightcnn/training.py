@@ -42,9 +42,12 @@ def begin(step: Step, points: Points, problem: Problem, config: Config) -> Train
 
 
 def train_epoch(
-    training: Training, problem: Problem, config: Config, after_step: Callable[[], None] = lambda: None
+    training: Training, problem: Problem, config: Config, after_step: Callable[[LossMeter], None] = lambda losses: None
 ) -> None:
-    """Train to the end of the epoch, from the batch where it stands; NotFiniteError as `LossMeter` says."""
+    """Train to the end of the epoch, from the batch where it stands; NotFiniteError as `LossMeter` says.
+
+    `after_step` gets the losses, to read them before it saves anything.
+    """
     device, levels, step = problem.images.device, live_levels(training), training.step
     meter, total = LossMeter(device), len(batch_positions(training))
     if training.loss_sums is None or training.right is None:
@@ -68,7 +71,7 @@ def train_epoch(
             training.loss_sums += losses * labels.shape[1]
             training.right += (logits.argmax(-1) == labels).sum(1)
         training.batch += 1
-        after_step()
+        after_step(meter)
     meter.read()
 
 

@@ -165,10 +165,9 @@ def export_command(
     folder = asked.out or asked.run / "export" / taken.choice
     write(taken, folder, formats)
     print(f"{taken.title}, in {folder}")
-    wrong = [name for name in formats if not check(taken, folder, name, build)]
-    for name in wrong:
-        (folder / f"model.{name}").unlink()
-    if wrong:
+    if wrong := [name for name in formats if not check(taken, folder, name, build)]:
+        for name in wrong:
+            (folder / f"model.{name}").unlink()
         write(taken, folder, [name for name in formats if name not in wrong])
         print(f"taken away again: {', '.join(f'model.{name}' for name in wrong)}")
     return 1 if wrong else 0

@@ -32,11 +32,6 @@ def group_accuracy(per_class: Tensor, groups: ShotGroups) -> dict[str, float | N
     return {name: None if v.isnan().all() else float(v[~v.isnan()].mean()) for name, v in found.items()}
 
 
-def worst_decile(values: Sequence[float]) -> float:
-    """Mean of the lowest tenth of the values (rounded up to whole values); nan where there is none."""
-    return mean_and_std(sorted(values)[: math.ceil(len(values) / 10)])[0]
-
-
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (n - 1 in the denominator); nan for fewer than one or two values."""
     n = len(values)

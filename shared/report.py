@@ -107,11 +107,9 @@ def claim_table(judgements: Sequence[Judgement], sources: bool = False) -> list[
 
 def summary_table(paper: str, judgements: Sequence[Judgement]) -> list[list[str]]:
     """Head and one row a headline claim, for the one table of all papers."""
-    rows = [["paper", "claim", "paper's number", "ours", "n", "verdict"]]
-    for item in judgements:
-        if item.claim.headline:
-            rows.append([paper, item.claim.text, item.claim.paper, item.ours, str(item.n or "-"), item.verdict])
-    return rows
+    head = ["paper", "claim", "paper's number", "ours", "n", "verdict"]
+    told = [j for j in judgements if j.claim.headline]
+    return [head, *([paper, j.claim.text, j.claim.paper, j.ours, str(j.n or "-"), j.verdict] for j in told)]
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,13 @@ class Run(Generic[C]):
             shown = "; ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
             raise RunError(f"{self.folder}: holds a run with another configuration ({shown}); choose another --out")
         checkpoint.sweep(self.folder)
+        made = self.folder / "environment.json"
         if not written.exists():
-            checkpoint.write_json(self.folder / "environment.json", environment(self.command))
+            checkpoint.write_json(made, environment(self.command))
             checkpoint.atomic_write(written, dump(self.config).encode())
+        elif not (self.folder / "results.json").exists():
+            before = read_mapping(made, "has no environment.json that says which commit made it")
+            checkpoint.write_json(made, made_by_both(before, environment(self.command)))
 
     @property
     def results(self) -> dict[str, Any] | None:
@@ -285,9 +289,12 @@ def tell_changed(stated: Mapping[str, float | None], found: Mapping[str, float |
 
 
 def read_metrics(folder: Path, event: str) -> list[dict[str, Any]]:
-    """All lines of one event in a run's `metrics.jsonl`."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["event"] == event]
+    """All lines of one event in a run's `metrics.jsonl`; RunError if it is damaged."""
+    try:
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+        return [row for row in map(json.loads, lines) if row["event"] == event]
+    except (ValueError, KeyError, TypeError):
+        raise RunError(f"{folder}/metrics.jsonl: is damaged; make the run again in another folder") from None
 
 
 def environment(command: str) -> dict[str, Any]:
@@ -299,6 +306,16 @@ def environment(command: str) -> dict[str, Any]:
         "python": platform.python_version(), "torch": torch.__version__, "system": platform.platform(),
         "command": command, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
+
+
+def made_by_both(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's environment where code of another moment goes on with it: of no one commit, unless the code is the same.
+
+    Settings are not looked at: a run refuses to go on with others anyway.
+    """
+    one, other = before.get("commit"), now["commit"]
+    same = one == other or _git("diff", "--quiet", str(one), other, "--", "*.py", "requirements.lock") is not None
+    return {**before, "dirty": before.get("dirty") or now["dirty"], "commit": one if same else "unknown"}
 
 
 def command_line(module: str, arguments: Iterable[str]) -> str:

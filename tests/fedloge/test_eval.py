@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from fedloge import eval as evaluation
-from fedloge.eval import add_personal, evaluate, geometry, global_features, head_predictions
+from fedloge.eval import add_personal, evaluate, geometry, global_features, head_predictions, worst_decile
 from fedloge.federated import load_client
 from shared.batches import Resident
 from shared.longtail import ShotGroups
@@ -121,6 +121,13 @@ def test_spread_worst_decile_and_balanced_accuracy_by_hand(lab):
     assert figures["personal.accuracy"] == 0.9
     assert figures["personal.balanced"] == 0.5
     assert figures["personal.spread"] is None
+
+
+def test_worst_decile_is_the_mean_of_the_lowest_tenth():
+    assert worst_decile([float(i) for i in range(20, 0, -1)]) == 1.5
+    assert worst_decile([3.0, 1.0, 2.0]) == 1.0
+    assert worst_decile([float(i) for i in range(11)]) == 0.5
+    assert math.isnan(worst_decile([]))
 
 
 def test_worst_decile_of_twenty_clients_is_the_mean_of_the_two_worst(lab):

@@ -176,6 +176,31 @@ def test_the_budget_study_runs_and_its_table_has_every_rung(tmp_path, capsys):
     assert (tmp_path / "lightcnn" / "report-budget_smoke-partial" / "plots" / "ladder.svg").exists()
 
 
+def test_without_its_teacher_only_the_last_rung_is_not_run(tmp_path, monkeypatch, capsys):
+    asked, told = [], {}
+
+    def run_jobs(module, jobs, workers):
+        asked.extend(job.group for job in jobs)
+        for job in jobs:
+            if job.group != TEACHER:
+                job.folder.mkdir(parents=True, exist_ok=True)
+                (job.folder / "results.json").write_text("{}")
+        return {job.name: Outcome(int(job.group == TEACHER), 0.1) for job in jobs}
+
+    monkeypatch.setattr("lightcnn.study.run_jobs", run_jobs)
+    monkeypatch.setattr("lightcnn.study.report", lambda path, done, folder, command: told.update(done=done))
+    assert main(["--study", "budget", "--scale", "smoke", "--out", str(tmp_path)]) == 1
+    names = [rung.name for rung in RUNGS]
+    assert set(asked) == {TEACHER, *names[:-1]}
+    assert {job.group for job in told["done"]} == set(names[:-1])
+
+
+@pytest.mark.parametrize("seeds", ["0", "-1"])
+def test_the_budget_study_wants_at_least_one_seed(seeds, tmp_path, capsys):
+    assert main(["--study", "budget", "--scale", "smoke", f"--seeds={seeds}", "--out", str(tmp_path)]) == 2
+    assert "at least one seed is needed" in capsys.readouterr().err
+
+
 def test_the_one_teacher_does_not_keep_the_budget_study_from_being_published_and_a_rung_of_two_seeds_does(
     tmp_path, monkeypatch, capsys
 ):

@@ -225,7 +225,8 @@ def test_a_step_can_be_interrupted_and_the_state_says_where(config_of, problem_o
     problem = problem_of(config)
     state = training.begin(plan(config, problem)[0], {}, problem, config)
 
-    def stop():
+    def stop(losses):
+        assert len(losses.read()) == 1
         if state.batch == 3:
             raise InterruptedRunError(2, tmp_path)
 

@@ -11,7 +11,6 @@ from shared.metrics import (
     paired_difference,
     per_class_accuracy,
     t_quantile,
-    worst_decile,
 )
 
 
@@ -41,13 +40,6 @@ def test_on_a_balanced_test_set_the_groups_weighted_by_size_give_the_accuracy():
 def test_group_accuracy_leaves_out_classes_without_test_image_and_gives_none_for_empty_groups():
     per_class = torch.tensor([1.0, math.nan, 0.5, math.nan], dtype=torch.float64)
     assert group_accuracy(per_class, ShotGroups((0, 1, 2), (), (3,))) == {"many": 0.75, "medium": None, "few": None}
-
-
-def test_worst_decile_is_the_mean_of_the_lowest_tenth():
-    assert worst_decile([float(i) for i in range(20, 0, -1)]) == 1.5
-    assert worst_decile([3.0, 1.0, 2.0]) == 1.0
-    assert worst_decile([float(i) for i in range(11)]) == 0.5
-    assert math.isnan(worst_decile([]))
 
 
 def test_mean_and_std_use_the_sample_deviation():

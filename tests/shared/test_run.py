@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -37,6 +38,49 @@ def test_a_run_says_whether_its_code_is_in_a_commit_and_published_figures_are_no
     assert run_module.environment("-")["dirty"] is False
     (tmp_path / "code.py").write_text("2")
     assert run_module.environment("-")["dirty"] is True
+
+
+def test_a_run_that_other_code_goes_on_with_is_of_no_one_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "__file__", str(tmp_path / "shared" / "run.py"))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+
+    def commit(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        for words in (["add", name], ["commit", "-q", "-m", "x"]):
+            subprocess.run([*git, *words], check=True)
+        return str(subprocess.check_output([*git, "rev-parse", "HEAD"]).decode().strip())
+
+    def opened_again() -> tuple[str, bool | None]:
+        with Run(tmp_path / "runs" / "a", Small(), "-"):
+            made = json.loads((tmp_path / "runs" / "a" / "environment.json").read_text())
+        return made["commit"], made["dirty"]
+
+    subprocess.run([*git, "init", "-q"], check=True)
+    commit(".gitignore", "runs")
+    first = commit("code.py", "1")
+    assert opened_again() == (first, False)
+    commit("README.md", "words")
+    assert opened_again() == (first, False)  # the same code
+    (tmp_path / "code.py").write_text("2")
+    assert opened_again() == (first, True)
+    subprocess.run([*git, "checkout", "-q", "code.py"], check=True)
+    assert opened_again() == (first, True)  # what was trained with other code stays so
+    shutil.rmtree(tmp_path / "runs")
+    second = commit("code.py", "3")
+    assert opened_again() == (second, False)
+    commit("code.py", "4")
+    assert opened_again() == ("unknown", False)
+    commit("code.py", "3")
+    assert opened_again() == ("unknown", False)
+
+
+def test_metrics_that_are_damaged_are_told_in_one_line(opened):
+    opened.log("step", number=1)
+    for damage in ("{", "[]", "{}", '"a"'):
+        path = opened.folder / "metrics.jsonl"
+        path.write_text(f'{{"event": "step"}}\n{damage}\n')
+        with pytest.raises(RunError, match=r"metrics.jsonl: is damaged; make the run again"):
+            read_metrics(opened.folder, "step")
 
 
 def test_the_same_configuration_opens_the_folder_again_and_another_is_refused_by_its_key(tmp_path):
