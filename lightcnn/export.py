@@ -59,7 +59,8 @@ def take(asked: argparse.Namespace) -> Portable:
     if not in_folds:
         wanted.add("validation")
     else:  # then a validation figure means nothing, and does not leave the house
-        chosen, how = "early stopping kept in the last fold", "going on through all folds: it saw what chose its epochs"
+        chosen = "early stopping kept in the last fold"
+        how = "as it went on through all folds, it saw most of the images that chose its epochs"
     return Portable(
         network=network, architecture={**architecture, "network": type(network).__name__}, choice=folder.name,
         data=config.data.name, image=(channels, side, side), mean=[0.0] * channels, std=[1.0] * channels,

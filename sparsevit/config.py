@@ -127,7 +127,7 @@ class Coefficients(Section):
     attn_sparse: float = Field(0.1, ge=0, description="entropy of the last map's rows, in nats")
     l1: float = Field(1.5e-3, ge=0, description="sum |w| over the prune set")
     ffn_log: float = Field(1.0, ge=0, description="mean over layers of mean ln(1 + h^2), h after GELU")
-    ffn_l1: float = Field(0.25, ge=0, description="mean over layers of mean |h|")
+    ffn_l1: float = Field(4.0, ge=0, description="mean over layers of mean |h|")
     group: float = Field(1e-2, ge=0, description="sum over neurons of the length of their weights")
     noise: float = Field(1e-6, ge=0, description="relative noise on the start weights of the null arm")
     scope: Literal["last", "all"] = Field("last", description="blocks whose attention map is penalised")

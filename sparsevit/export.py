@@ -37,11 +37,14 @@ def take(asked: argparse.Namespace) -> Portable:
     network = load_network(asked.run / "model" if asked.pruned is None else folder_of(asked.run, asked.pruned))
     size, data, name = network.size, config.data, asked.pruned or "dense"
     whose = "the dense network" if asked.pruned is None else f"pruned, {name}"
+    moment = f"after epoch {config.epochs}" + ("" if config.select == "last" else ", the best on held-out images")
+    if name.endswith(".recovered") and config.prune.recover:
+        moment += f", then pruned and trained on ({config.prune.recover.epochs} more)"
     return Portable(
         network=network, architecture=size.as_dict(), choice=name, data=data.name,
         image=(size.channels, size.image, size.image), mean=data.mean, std=data.std, classes=classes, results=results,
         seed=config.seed, figures=figures_of(results, name), paper=PAPER, tags=["vision-transformer", "pruning"],
-        moment=f"after epoch {config.epochs}" + ("" if config.select == "last" else ", the best on held-out images"),
+        moment=moment,
         title=f"Sparse then prune, reproduced: {whose}, arm {config.method}",
         about=f"A vision transformer of {count_parameters(size):,} parameters ({len(size.blocks)} blocks, patches of "
               f"{size.patch} x {size.patch} pixels), fine-tuned on {results['data']['images']:,} images.",

@@ -217,6 +217,8 @@ def run_latency(arguments: Sequence[str]) -> int:
         raise ConfigError("give one of --make FOLDER and FOLDER; python -m sparsevit.latency --help shows an example")
     if min(*asked.batch, asked.repeats) < 1:
         raise ConfigError(f"--batch {asked.batch}, --repeats {asked.repeats}: each must be at least 1")
+    if asked.threads < 0:
+        raise ConfigError(f"--threads {asked.threads}: give the number of threads, or 0 for all cores")
     if asked.make is not None:
         make(asked.make, asked.arch, asked.image, asked.ratio)
         return 0

@@ -16,6 +16,7 @@ from sparsevit.model import Vit, count_macs, count_parameters
 
 SILENT = 0.05  # a neuron's output below this counts as silent, in absolute value
 OBSERVED_IMAGES = 500  # test images on which attention and activations are looked at
+MAPS_AT_ONCE = 2**28  # numbers in the attention maps of all blocks, which are held together: a GiB
 
 
 def _no_check() -> None:
@@ -106,7 +107,9 @@ def observations(network: Vit, source: Batches, batch_size: int) -> dict[str, li
     chosen = torch.arange(count) * len(source) // count
     mode = network.training
     network.eval()
-    depth = len(network.layers)
+    depth, tokens = len(network.layers), network.size.tokens
+    maps_of_one = sum(block.heads for block in network.size.blocks) * tokens**2
+    batch_size = max(1, min(batch_size, MAPS_AT_ONCE // maps_of_one))
     sums = torch.zeros(3, depth, dtype=torch.float64)
     for images, labels in source.prefetch(torch.split(chosen, batch_size), None):
         _, seen = network.observe(images, range(depth))

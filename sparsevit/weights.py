@@ -109,7 +109,11 @@ def load_weights(path: Path, network: Vit, pos_resize: PosResize) -> Loaded:
 def read_weights(path: Path, raw: bytes) -> tuple[str, Tensors]:
     """The layout's name and the tensors under our names; those of a dropped layer keep the file's names."""
     if path.suffix == ".npz" and zipfile.is_zipfile(io.BytesIO(raw)):
-        return "Google npz", from_google(_read_npz(path, raw))
+        try:
+            return "Google npz", from_google(_read_npz(path, raw))
+        except (TypeError, IndexError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{path}: holds arrays that are no weights of Google's ViT ({reason})") from None
     try:
         tensors = load_safetensors(raw)
     except (SafetensorError, ValueError, KeyError) as error:

@@ -13,7 +13,7 @@ from shared.batches import Resident
 from shared.checkpoint import load_model, save_model
 from shared.config import dump
 from sparsevit import eval as evaluation
-from sparsevit import latency
+from sparsevit import latency, measure
 from sparsevit.baselines import wanda_masks
 from sparsevit.latency import time_networks, variants_of
 from sparsevit.measure import accuracies, calibrate, masked, observations, ratio_figures, sizes
@@ -90,9 +90,14 @@ def test_calibration_takes_evenly_spaced_images_of_a_set_in_class_order(lab):
     assert torch.cat(seen).tolist() == list(range(0, 100, 10))
 
 
-def test_observations_are_those_of_the_maps(lab):
-    network, data = lab.network(), source(lab)
+@pytest.mark.parametrize("at_once", [10**9, 60, 1])
+def test_observations_are_those_of_the_maps_however_many_are_held_together(lab, monkeypatch, at_once):
+    network, data, sizes_seen = lab.network(), source(lab), []
+    monkeypatch.setattr(measure, "MAPS_AT_ONCE", at_once)
+    whole = data.prefetch
+    data.prefetch = lambda batches, generator: sizes_seen.extend(map(len, batches)) or whole(batches, generator)
     found = observations(network, data, 10)
+    assert max(sizes_seen) == min(10, max(1, at_once // sum(b.heads * 25 for b in network.size.blocks)))
     images, _ = next(data.evaluate(53))
     with torch.no_grad():
         _, seen = network.observe(images, (0, 1))
@@ -252,8 +257,8 @@ def test_variants_made_of_random_values_are_saved_and_timed_in_another_process(t
     assert re.match(r"CPU \(.*\), 1 thread, float32, torch \S+, commit \w+; 3 rounds in turn", text)
 
 
-REFUSED = ([], ["a", "--make", "b"], ["{out}"], ["{out}", "--batch", "0"], ["--make", "{out}", "--arch", "x"],
-           ["--make", "{out}", "--ratio", "1.5"])  # fmt: skip
+REFUSED = ([], ["a", "--make", "b"], ["{out}"], ["{out}", "--batch", "0"], ["{out}", "--threads", "-1"],
+           ["--make", "{out}", "--arch", "x"], ["--make", "{out}", "--ratio", "1.5"])  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", REFUSED)

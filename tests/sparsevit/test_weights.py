@@ -185,7 +185,11 @@ def test_a_file_that_is_missing_empty_damaged_or_of_another_layout_is_refused_in
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     npz = write(tmp_path / "w", own_state(lab), "google").read_bytes()
     (tmp_path / "cut.npz").write_bytes(npz[:-200])
-    for name in ("none.safetensors", "empty.safetensors", "cut.safetensors", "other.safetensors", "cut.npz"):
+    np.savez(tmp_path / "text.npz", cls=np.array(["a"]))
+    np.savez(tmp_path / "flat.npz", **{"Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel": np.zeros(3, np.float32)})
+    names = ("none.safetensors", "empty.safetensors", "cut.safetensors", "other.safetensors", "cut.npz", "text.npz",
+             "flat.npz")  # fmt: skip
+    for name in names:
         with pytest.raises(CheckpointError, match=name) as found:
             load_weights(tmp_path / name, network, "none")
         assert "\n" not in str(found.value)
