@@ -30,6 +30,8 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
     if saved := run.restore(previous):
         server.restore(saved)
         print(f"continuing in round {server.round + 1} of {config.rounds}", flush=True)
+        if is_unread(run, server, config):
+            log_evaluation(run, server, problem, config)
     else:
         run.log("start", **problem.facts())
 
@@ -68,12 +70,23 @@ def due(round: int, config: "Config") -> bool:
     return (round + 1) % config.evaluate.every == 0 or round >= config.rounds - config.evaluate.last
 
 
+def is_unread(run: "Run[Config]", server: "Server", config: "Config") -> bool:
+    """Whether the run was stopped between a round's end and its evaluation."""
+    from shared.run import read_metrics
+
+    between = server.position == 0 and server.round > 0 and due(server.round - 1, config)
+    return between and all(row["round"] != server.round for row in read_metrics(run.folder, "evaluate"))
+
+
 def log_evaluation(run: "Run[Config]", server: "Server", problem: "Problem", config: "Config") -> None:
     """Append all figures of this moment to the run's log."""
     from fedloge.eval import evaluate, geometry
 
-    # A signal in here ends the run without saving: the last state stands, from before the round's end.
-    figures, details = evaluate(server, problem, config, run.check)
+    try:
+        figures, details = evaluate(server, problem, config, run.check)
+    except InterruptedRunError:  # the server stands at the round's end; what was trained in here is for the test alone
+        run.save(server.snapshot(), force=True)
+        raise
     lengths = {k: v for k, v in geometry(server, problem, config)[0].items() if k.startswith(("psi.", "phi."))}
     last = server.round == config.rounds
     run.log("evaluate", round=server.round, figures={**figures, **lengths}, details=details if last else {})

@@ -93,7 +93,8 @@ def test_a_method_cannot_be_left_out_nor_put_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize(("study", "name", "old", "new", "said"), [
-    (MDCS, "claims.md", "| supplement; a later re-run |", "| abstract |", "source: says abstract; the rows give suppl"),
+    (MDCS, "claims.md", "| supplement, CIFAR-100-LT IF 100; theirs: a later re-run |", "| abstract |",
+     "source: says abstract; the rows give suppl"),
     (MDCS, "claims.md", "| inconclusive |", "| reproduced |", "verdict: says reproduced; the rows give inconclusive"),
     (FEDLOGE, "methods.md", "commits a17328cc97, 0aeb30eaa9", "commit a17328cc97", "the rows give"),
     (FEDLOGE, "methods.md", "0aeb30eaa9", "0aeb30eaaa", "0aeb30eaaa"),
