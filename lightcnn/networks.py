@@ -63,14 +63,17 @@ class Submodels:
         )
 
     def initial(self, seed: int) -> dict[str, Tensor]:
+        """The state of one submodel."""
         return state_of(self.make(seed))
 
     def forward(
         self, stacked: Stack, inputs: Tensor, levels: Sequence[str], kept: Tensor | None = None, training: bool = False
     ) -> Tensor:
+        """Logits [L, B, K] of images [L, B, C, H, H]; the one level is the whole network."""
         return fused.submodel_logits(stacked, inputs)
 
     def to_module(self, state: dict[str, Tensor]) -> Submodel:
+        """One submodel with this state."""
         module = self.make(0)
         module.load_state_dict(state)
         return module
@@ -91,11 +94,13 @@ class Merged:
         )
 
     def initial(self, seed: int) -> dict[str, Tensor]:
+        """The fused state of one merged model."""
         return fused.fuse(state_of(self.make(seed)))
 
     def forward(
         self, stacked: Stack, inputs: Tensor, levels: Sequence[str], kept: Tensor | None = None, training: bool = False
     ) -> Tensor:
+        """The asked groups in turn, as `fused.merged_layer` has their shapes, a few networks at a time."""
         outputs = []
         for part in fused.parts_of(inputs, branches=2):
             hidden = inputs[part]
@@ -107,6 +112,7 @@ class Merged:
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def to_module(self, state: dict[str, Tensor]) -> MergedCNN:
+        """One merged model, its branches apart again."""
         module = self.make(0)
         module.load_state_dict(fused.unfuse(state))
         return module
@@ -126,11 +132,13 @@ class Modules:
         self.groups = tuple(dict.fromkeys(names))
 
     def initial(self, seed: int) -> dict[str, Tensor]:
+        """Parameters and buffers of one module."""
         return state_of(self.make(seed))
 
     def forward(
         self, stacked: Stack, inputs: Tensor, levels: Sequence[str], kept: Tensor | None = None, training: bool = False
     ) -> Tensor:
+        """Logits [L, B, K] of images [L, B, C, H, H], one network after the other."""
         self.template.train(training)
         inputs = inputs.flatten(0, 1).to(memory_format=torch.channels_last).view(inputs.shape)
         lanes = range(len(inputs))
@@ -140,6 +148,7 @@ class Modules:
         return torch.stack([functional_call(self.template, states[i], (inputs[i],)) for i in lanes])
 
     def to_module(self, state: dict[str, Tensor]) -> nn.Module:
+        """One module with this state."""
         module = self.make(0)
         module.load_state_dict(state)
         return module

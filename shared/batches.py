@@ -115,7 +115,7 @@ class Resident(Batches):
         self.images, self.augment = images, tuple(augment)
 
     def prefetch(self, batches: Sequence[Tensor], generator: Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
-        # Many batches are gathered and augmented in one go: fewer calls, but other draws than those of `batch`.
+        """Many batches are gathered and augmented in one go: fewer calls, but other draws than those of `batch`."""
         per_group = max(1, GROUP_IMAGES // max((1, *map(len, batches))))
         for first in range(0, len(batches), per_group):
             group = list(batches[first : first + per_group])
@@ -146,7 +146,7 @@ class Files(Batches):
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode") if workers else None
 
     def prefetch(self, batches: Sequence[Tensor], generator: Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
-        # All seeds, one a batch, are drawn now: reading ahead does not touch the generator.
+        """All seeds, one a batch, are drawn at once: reading ahead does not touch the generator."""
         seeds = [None] * len(batches)
         if generator:
             seeds = torch.randint(2**62, (len(batches),), generator=generator, device=generator.device).tolist()
