@@ -3,6 +3,8 @@
 Only the abstract's numbers are the paper's own: its tables could not be read when this was written.
 """
 
+from collections.abc import Sequence
+
 from shared.claims import Claim, Comparison, Fact
 
 # Accuracies are printed as whole per cents: 99 % is what rounds to 99.
@@ -140,3 +142,12 @@ def budget_claims(data_name: str, in_channels: int) -> tuple[Claim, ...]:
 def all_claims(data_name: str, in_channels: int) -> tuple[Claim, ...]:
     """Every claim on a data set, those that need statistics first."""
     return (*accuracy_claim(data_name), *COMPARISONS, *facts(in_channels))
+
+
+def peer_claims(peers: Sequence[str]) -> tuple[Comparison, ...]:
+    """How a small modern network stands to well-known ones that are larger; no claim of the paper's."""
+    return tuple(
+        Comparison(f"`bn_gap` is better than `{peer}`, a larger network, in as many epochs", "ours", "bn_gap/accuracy",
+                   f"{peer}/accuracy")
+        for peer in peers
+    )  # fmt: skip

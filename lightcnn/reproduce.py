@@ -39,7 +39,8 @@ ABLATIONS = ("literal", "a_only", "no_transfer", "linear_head", "combined_warp")
 MORE = ("scratch_mild", "scratch_augmented", "wide_one_cycle")  # no claim needs them
 # Trained in one go, and by their claim for as many epochs as the two stages: none of them stops early.
 AS_LONG = ("scratch", "submodel", "wide")
-# What a scale runs. The peers from torchvision take hours each without a GPU: `--methods squeezenet` and so on.
+PEERS = ("squeezenet", "shufflenet_v2", "mobilenet_v2_010", "mobilenet_v2_025", "mobilenet_v2_035")
+# What a scale runs.
 PLANS: dict[str, tuple[Slice, ...]] = {
     "smoke": (Slice("smoke", (*CORE, *OTHERS, *ABLATIONS, *MORE), 2),),
     "mini": (Slice("mini", (*CORE, *OTHERS, *ABLATIONS), 5),),
@@ -48,6 +49,7 @@ PLANS: dict[str, tuple[Slice, ...]] = {
         Slice("mnist", CORE, 5, epochs=46),
         Slice("cifar10", CORE, 5, epochs=77),
         Slice("fashion_mnist", (*OTHERS, *ABLATIONS, *MORE), 3, epochs=57),
+        Slice("fashion_mnist_peers", ("bn_gap", *PEERS), 3),
     ),
 }
 WITHOUT_STATISTICS = {"smoke"}
@@ -138,14 +140,15 @@ def report_of(
     path: Path, methods: Sequence[str], rows: "Sequence[Row]", data: Mapping[str, Any], statistics: bool, command: str
 ) -> "Report":
     """Table and verdicts, from the rows of one configuration; `data` is of a run's `results.json`."""
-    from lightcnn.claims import all_claims
+    from lightcnn.claims import all_claims, peer_claims
     from lightcnn.config import Config
     from shared import report as shared_report
     from shared.claims import judge
     from shared.config import load
 
     figures = shared_report.figures_of(rows, "final")
-    claimed = all_claims(load(path, Config).data.name, data["image"][0])
+    peers = [method for method in methods if method in PEERS]
+    claimed = peer_claims(peers) if peers else all_claims(load(path, Config).data.name, data["image"][0])
     judgements = [judge(claim, figures, statistics) for claim in claimed]
     judgements.sort(key=lambda item: item.verdict == "not run")
     seeds = {len(figures[f"{method}/accuracy"]) for method in methods}
