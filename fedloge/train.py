@@ -28,6 +28,7 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
     method = build_method(config, problem.shape)
     server = federated.start(method, config.clients.count, device)
     if saved := run.restore(previous):
+        run.check_data(problem.digests)
         server.restore(saved)
         print(f"continuing in round {server.round + 1} of {config.rounds}", flush=True)
         if is_unread(run, server, config):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.cli import run_main, train_command
-from shared.errors import DataError, InterruptedRunError
+from shared.errors import InterruptedRunError
 
 if TYPE_CHECKING:
     from lightcnn.algorithm import Points, Step
@@ -33,7 +33,7 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
         run.log("start", **problem.facts())
         saved = {"step": 0, "points": {}, "training": None}
     else:
-        check_data(run, problem)
+        run.check_data({"train": problem.digest})
         print(f"continuing in phase {saved['step'] + 1} of {len(steps)}", flush=True)
     points = {p: {n: t.to(device) for n, t in stacked.items()} for p, stacked in saved["points"].items()}
 
@@ -55,14 +55,6 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
         run.save({"step": number + 1, "points": points, "training": None})
 
     return finish(run, steps, points, problem, config)
-
-
-def check_data(run: "Run[Config]", problem: "Problem") -> None:
-    """DataError where an interrupted run began on other images than it finds now."""
-    from shared.run import read_metrics
-
-    if any(row["digests"]["train"] != problem.digest for row in read_metrics(run.folder, "start")):
-        raise DataError(f"{run.folder}: began on other training images; give it back its data, or use another --out")
 
 
 def train_one_epoch(

@@ -90,6 +90,7 @@ def begin(config: "Config", run: "Run[Config]", previous: bool) -> "tuple[torch.
     method = build_method(config, problem.class_counts, device)
     state = start(config, problem, device)
     if saved := run.restore(previous):
+        run.check_data(problem.digests)
         state.restore(saved)
         print(f"continuing in epoch {state.epoch + 1} of {config.epochs}", flush=True)
     else:

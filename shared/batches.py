@@ -83,10 +83,7 @@ def random_flip(images: Tensor, generator: Generator) -> Tensor:
 
 def augmentations(names: Sequence[str], padding: int = 4) -> tuple[Augment, ...]:
     """The augmentations called "crop" (zero padding of `padding` pixels) and "flip", in the order given."""
-    known: dict[str, Augment] = {
-        "crop": lambda images, generator: random_crop(images, padding, generator),
-        "flip": random_flip,
-    }
+    known: dict[str, Augment] = {"crop": lambda x, generator: random_crop(x, padding, generator), "flip": random_flip}
     if strangers := [name for name in names if name not in known]:
         raise ConfigError(f"augment: there is no {strangers[0]!r}; known are {', '.join(known)}")
     return tuple(known[name] for name in names)

@@ -25,25 +25,34 @@ HEADER_BYTES = len(MAGIC) + 64 + 1
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A new name beside a file, which takes the file's place when all went well and is gone when not."""
+def _replacing(path: Path, wait: bool = True) -> Iterator[Path]:
+    """A new name beside a file, which takes the file's place when all went well and is gone when not.
+
+    `wait`: until the rename would outlive a power cut, where the system can.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
         yield temporary
         os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # the rename outlives a power cut, where the system can
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        if wait:
+            with contextlib.suppress(OSError):
+                sync(path.parent)
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror or error}; nothing there was changed") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sync(path: str | Path) -> None:
+    """Wait until a file or a folder's list of names would outlive a power cut."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -67,13 +76,8 @@ def write_progress(path: Path, state: Mapping[str, Any]) -> None:
 
     It does not wait for the disk as `atomic_write` does: nothing is lost with it, and it is written every moment.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with contextlib.suppress(RunError), _replacing(path, wait=False) as temporary:
         temporary.write_text(json.dumps(state))
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -104,7 +108,7 @@ def load_state(path: Path) -> dict[str, Any]:
         tree = json.loads(payload[8 : 8 + size])["__metadata__"]["tree"]
         return dict(_decode(json.loads(tree), load_tensors(payload)))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}{advice}") from None
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: is not a saved state: {error}{advice}") from None
 

@@ -25,8 +25,12 @@ def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | No
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (UserError, OSError) as error:  # of the latter, what no code foresaw: a folder that cannot be made
+    except (UserError, OSError, RuntimeError) as error:  # OSError: what no code foresaw, as a full disk
         lines = str(error).splitlines()
+        if isinstance(error, RuntimeError):
+            if type(error).__name__ != "OutOfMemoryError":  # torch's; importing it takes seconds
+                raise
+            lines = [f"{' '.join(lines)}; take smaller batches, or device=cpu"]
         print("error:", "\n  ".join([f"{len(lines)} problems", *lines] if len(lines) > 1 else lines), file=sys.stderr)
         return 2
     except InterruptedRunError as stop:

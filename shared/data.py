@@ -6,7 +6,6 @@ Every problem of the data is a DataError that names the path.
 import hashlib
 import http.client
 import io
-import logging
 import math
 import os
 import struct
@@ -113,11 +112,8 @@ def load(name: str, split: Split, root: Path | str | None = None, download: bool
         _download(DOWNLOADS[name], base, base / source.folders[0])
         paths, missing = _find(source, split, base)
     if missing:
-        raise DataError(
-            f"{name} ({split}): there is no {', '.join(map(str, missing))}; set DATA_ROOT to the folder that holds "
-            f"{source.folders[0]}, let it be downloaded (data.download=true), or use the embedded images "
-            "(data.name=sample)"
-        )
+        where = f"set DATA_ROOT to the folder that holds {source.folders[0]}, train with data.download=true, or take"
+        raise DataError(f"{name} ({split}): there is no {', '.join(map(str, missing))}; {where} data.name=sample")
     classes, names = source.classes, paths[0].with_name("fine_label_names.txt")
     if names.is_file():  # CIFAR-100 brings the names of its classes
         classes = tuple(read_file(names, "list of names").decode("utf-8", "replace").split())
@@ -258,7 +254,7 @@ def _find(source: _Source, split: str, base: Path) -> tuple[list[Path], list[Pat
 
 
 def _download(items: Mapping[str, str], base: Path, target: Path) -> None:
-    """Fetch, check and unpack into a temporary folder, then move each file to `target`: it is whole or not there."""
+    """Fetch, check and unpack into a temporary folder, then move each file that `target` lacks there, whole."""
     try:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=base, prefix=".download-") as temporary:
@@ -271,14 +267,13 @@ def _download(items: Mapping[str, str], base: Path, target: Path) -> None:
                         archive.extractall(temporary, filter="data")
                 else:
                     (folder / url.rpartition("/")[2]).write_bytes(content)
-            for path in folder.iterdir():
+            for path in (path for path in folder.iterdir() if not (target / path.name).exists()):
                 atomic_write(target / path.name, path.read_bytes())
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise DataError(f"{target}: cannot be filled ({error}); check the space and rights of {base}") from error
 
 
 def _fetch(url: str, sha256: str) -> bytes:
-    logging.getLogger(__name__).info("downloading %s", url)
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             content: bytes = response.read()

@@ -181,6 +181,8 @@ def write(taken: Portable, folder: Path, formats: Collection[str]) -> None:
     files["README.md"] = taken.card([name for name in USE if f"model.{name}" in {**sums, **files}]).encode()
     sums |= {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     sweep(folder)  # and config.json first: it says whose the rest is
+    for name in files:  # so that a file of an earlier export is not taken for a changed one, whatever happens next
+        (folder / name).unlink(missing_ok=True)
     write_json(folder / "config.json", {**description, "files": sums, "weights_sha256": sums.get("model.safetensors")})
     for name, data in files.items():
         atomic_write(folder / name, data)

@@ -1,7 +1,10 @@
 """What the pictures of all studies have in common: style, figures, files that come out the same each time."""
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from shared.checkpoint import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +34,7 @@ def save(figure: "Figure", path: Path) -> None:
     """Write PNG and SVG, the same bytes for the same picture."""
     from matplotlib import pyplot
 
-    figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    for kind, dpi, key in (("png", 110, "Software"), ("svg", "figure", "Date")):
+        figure.savefig(content := io.BytesIO(), format=kind, dpi=dpi, metadata={key: None})
+        atomic_write(path.with_suffix(f".{kind}"), content.getvalue())
     pyplot.close(figure)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shared.checkpoint import sync
 from shared.cli import REPOSITORY
 from shared.errors import RunError
 
@@ -63,6 +64,7 @@ def problem_of(jobs: "Sequence[Job]", failed: int, few_seeds: Collection[str] = 
 def replace_folder(source: Path, target: Path) -> None:
     """Make `target` a copy of `source`, so that at any moment the old or the new is there, whole, also after a crash.
 
+    (Where the system cannot exchange two names, a crash may leave the old one beside it; the next call puts it back.)
     RunError where that cannot be done; what was there is untouched.
     """
     # A level up, where a copy that a crash leaves behind is not taken for a published study.
@@ -75,12 +77,12 @@ def replace_folder(source: Path, target: Path) -> None:
         shutil.copytree(source, new)
         for folder, _, names in os.walk(new):
             for path in (*(os.path.join(folder, name) for name in names), folder):
-                _sync(path)
+                sync(path)
         if target.exists():
             _exchange(new, target, old)
         else:
             os.rename(new, target)
-        _sync(target.parent)
+        sync(target.parent)
         _remove(old)
     except OSError as error:
         reason = error.strerror or error
@@ -105,12 +107,3 @@ def _exchange(new: Path, target: Path, old: Path) -> None:
 def _remove(*folders: Path) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: str | Path) -> None:
-    """Wait until a file or a folder's list of names would outlive a power cut."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -129,10 +129,8 @@ class Report:
         """File -> text: `methods.md`, and with claims `claims.md` and `summary.md`."""
         found = {"methods.md": f"{self.about}\n\n{markdown(self.table)}"}
         if self.judgements:
-            found |= {
-                "claims.md": markdown(claim_table(self.judgements, sources=True)),
-                "summary.md": markdown(summary_table(self.name, self.judgements)),
-            }
+            found["claims.md"] = markdown(claim_table(self.judgements, sources=True))
+            found["summary.md"] = markdown(summary_table(self.name, self.judgements))
         return found
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from shared import checkpoint
 from shared.config import Section, differences, dump, load
-from shared.errors import ConfigError, InterruptedRunError, RunError
+from shared.errors import ConfigError, DataError, InterruptedRunError, RunError
 from shared.gpu import NotFiniteError, describe, peak_memory
 
 SAVE_EVERY_SECONDS = 10.0  # a state is written at most this often, a large one less; what is saved depends on no clock
@@ -109,14 +109,23 @@ class Run(Generic[C]):
 
     def restore(self, previous: bool = False) -> dict[str, Any] | None:
         """The last saved state (or the one before it), or None for a new run; `metrics.jsonl` is cut back to it."""
-        path = checkpoint.previous_of(self.state_path) if previous else self.state_path
-        if not path.exists() and not previous:
+        older = checkpoint.previous_of(self.state_path)
+        path = older if previous else self.state_path
+        if not (previous or path.exists() or older.exists()):
             self._cut_metrics(0)
             return None
         saved = checkpoint.load_state(path)
+        if previous:  # in the place of the damaged one, which the next saving would keep instead of it
+            os.replace(older, self.state_path)
         self._seconds_before, self._opened_at = float(saved["seconds"]), time.monotonic()
         self._cut_metrics(int(saved["metrics_bytes"]))
         return dict(saved["state"])
+
+    def check_data(self, digests: Mapping[str, str]) -> None:
+        """DataError if the run began on other data than what has these digests."""
+        for row in read_metrics(self.folder, "start"):
+            if wrong := [name for name, digest in digests.items() if row["digests"].get(name, digest) != digest]:
+                raise DataError(f"{self.folder}: began on other data ({wrong[0]}); give it back or use another --out")
 
     def save(self, state: Mapping[str, Any], force: bool = False) -> None:
         """Save the state if the last saving is some seconds ago, or if `force`; writing takes a tenth of the time."""
@@ -293,8 +302,8 @@ def read_metrics(folder: Path, event: str) -> list[dict[str, Any]]:
     try:
         lines = (folder / "metrics.jsonl").read_bytes().splitlines()
         return [row for row in map(json.loads, lines) if row["event"] == event]
-    except (ValueError, KeyError, TypeError):
-        raise RunError(f"{folder}/metrics.jsonl: is damaged; make the run again in another folder") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(f"{folder}/metrics.jsonl: is damaged or gone; make the run again in another folder") from None
 
 
 def environment(command: str) -> dict[str, Any]:
@@ -315,7 +324,8 @@ def made_by_both(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
     """
     one, other = before.get("commit"), now["commit"]
     same = one == other or _git("diff", "--quiet", str(one), other, "--", "*.py", "requirements.lock") is not None
-    return {**before, "dirty": before.get("dirty") or now["dirty"], "commit": one if same else "unknown"}
+    dirty = max(before.get("dirty"), now["dirty"], key=[False, None, True].index)
+    return {**before, "dirty": dirty, "commit": one if same else "unknown"}
 
 
 def command_line(module: str, arguments: Iterable[str]) -> str:

@@ -143,7 +143,7 @@ def run_configurations(names: Sequence[str], one: Callable[[str], int]) -> int:
     for name in names:
         try:
             failed += one(name)
-        except UserError as error:
+        except (UserError, OSError) as error:
             if len(names) == 1 or isinstance(error, ConfigError):  # a wrong argument is as wrong for the next
                 raise
             print(f"failed: {name}: {error}", file=sys.stderr, flush=True)

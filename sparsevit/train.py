@@ -87,6 +87,7 @@ def begin(
     if saved is None:
         run.log("start", **problem.facts())
         return fit, {"best": None, "figures": {}, "groups": 0}
+    run.check_data(problem.digests)
     fit.restore(saved["fit"])
     print(f"continuing after step {fit.step} of {fit.total} and {saved['groups']} prunings", flush=True)
     return fit, {key: saved[key] for key in ("best", "figures", "groups")}

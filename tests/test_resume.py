@@ -10,9 +10,10 @@ import pytest
 from fedloge.algorithm import METHODS
 from fedloge.train import train
 from shared import run as run_module
-from shared.checkpoint import load_state
-from shared.errors import InterruptedRunError
+from shared.checkpoint import load_state, previous_of
+from shared.errors import DataError, InterruptedRunError
 from shared.run import Run, read_metrics
+from tests.shared.small_runs import began_elsewhere
 
 CLIENTS = 3
 
@@ -93,11 +94,18 @@ def test_a_run_goes_on_from_the_state_before_the_last_to_the_same_bits(
     config = tiny_config(method)
     stop(tmp_path / "run", config, CLIENTS + 1)
     with Run(tmp_path / "run", config, "test") as run:
-        previous = run.restore(previous=True)
-        assert previous is not None
+        previous = load_state(previous_of(run.state_path))["state"]
         assert (previous["round"], previous["position"]) == (1, 1)  # the signal saved this state once more
         train(config, run, previous=True)
     assert figures_of(tmp_path / "run") == never_stopped(method)
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path, tiny_config):
+    config = tiny_config("fedloge")
+    stop(tmp_path / "run", config, 1)
+    began_elsewhere(tmp_path / "run" / "metrics.jsonl")
+    with Run(tmp_path / "run", config, "test") as run, pytest.raises(DataError, match=r"began on other data \(train\)"):
+        train(config, run)
 
 
 def test_a_run_that_is_stopped_before_every_client_gives_the_same_bits(tmp_path, tiny_config, never_stopped):

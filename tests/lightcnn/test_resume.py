@@ -160,7 +160,7 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path, config_of, never_stopp
     stop(tmp_path / "run", config, steps_of(never_stopped("two_stage"))[0] - 2)
     load = problem.load_problem
     monkeypatch.setattr(problem, "load_problem", lambda *given: replace(load(*given), digest="another"))
-    with Run(tmp_path / "run", config, "test") as run, pytest.raises(DataError, match="other training images"):
+    with Run(tmp_path / "run", config, "test") as run, pytest.raises(DataError, match=r"began on other data \(train\)"):
         train(config, run)
 
 

@@ -12,8 +12,9 @@ from mdcs.algorithm import METHODS
 from mdcs.train import train
 from shared import run as run_module
 from shared.checkpoint import load_state, previous_of
-from shared.errors import InterruptedRunError
+from shared.errors import DataError, InterruptedRunError
 from shared.run import Run
+from tests.shared.small_runs import began_elsewhere
 
 pytestmark = pytest.mark.usefixtures("small_sample")
 STEPS = 4  # an epoch of the tiny run, which has two
@@ -121,6 +122,14 @@ def test_a_killed_run_goes_on_from_the_state_before_the_last_to_the_same_bits(
     with Run(tmp_path / "run", config, "test") as run:
         train(config, run, previous=True)
     assert told(tmp_path / "run") == never_stopped(case)
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path, mdcs_config):
+    config = mdcs_config()
+    stop(tmp_path / "run", config, 2)
+    began_elsewhere(tmp_path / "run" / "metrics.jsonl")
+    with Run(tmp_path / "run", config, "test") as run, pytest.raises(DataError, match=r"began on other data \(train\)"):
+        train(config, run)
 
 
 @each_case

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from shared import cli
 from shared.cli import check_shared, find_config, run_main, train_parser
@@ -46,9 +47,16 @@ def test_ctrl_c_before_a_run_is_130_without_a_traceback(capsys):
     assert capsys.readouterr().err == "stopped; the same command continues\n"
 
 
-def test_an_error_of_ours_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        run_main(raising(ZeroDivisionError()), [])
+def test_a_gpu_without_memory_is_one_line_that_says_what_helps(capsys):
+    assert run_main(raising(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB.")), []) == 2
+    told = "error: CUDA out of memory. Tried to allocate 20 GiB.; take smaller batches, or device=cpu\n"
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("shapes"), NotImplementedError()])
+def test_an_error_of_ours_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        run_main(raising(error), [])
 
 
 def test_a_closed_pipe_ends_quietly(python):

@@ -10,7 +10,7 @@ import torch
 from shared import data
 from shared.data import ImageSet, data_root, load, take
 from shared.errors import DataError
-from shared.sample import make_sample
+from tests.shared import make_sample
 from tests.shared.official_files import SOURCE, cifar_records, idx, needs_source, write, write_mnist
 
 pytestmark = pytest.mark.usefixtures("no_data_but_the_tests_own")

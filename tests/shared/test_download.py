@@ -73,6 +73,19 @@ def test_single_files_are_downloaded_and_read(monkeypatch, server, tmp_path):
     assert len(list((tmp_path / "new/MNIST/raw").iterdir())) == 2
 
 
+def test_a_file_that_is_there_is_not_replaced_by_a_download(monkeypatch, server, tmp_path):
+    own = cifar_records([3]).tobytes()
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for number in range(1, 6):
+        (folder / f"data_batch_{number}.bin").write_bytes(own)
+    members = {f"cifar-10-batches-bin/{name}.bin": cifar_records([1, 2]).tobytes()
+               for name in ("test_batch", *(f"data_batch_{number}" for number in range(1, 6)))}  # fmt: skip
+    serve(monkeypatch, server, "cifar10", {"cifar-10-binary.tar.gz": tar(members)})
+    assert load("cifar10", "test", root=tmp_path, download=True).labels.tolist() == [1, 2]
+    assert load("cifar10", "train", root=tmp_path, download=True).labels.tolist() == [3] * 5
+
+
 def test_without_the_option_nothing_is_downloaded(monkeypatch, server, tmp_path):
     serve(monkeypatch, server, "cifar10", {"a.tar.gz": tar({"cifar-10-batches-bin/test_batch.bin": b""})})
     with pytest.raises(DataError, match=r"data\.download=true"):

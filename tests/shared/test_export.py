@@ -117,6 +117,24 @@ def test_an_export_that_was_cut_off_after_its_first_file_is_made_anew(toy, tmp_p
     assert check(toy, tmp_path, "safetensors", build)
 
 
+def test_an_export_that_fails_while_it_adds_a_format_can_be_made_again(toy, tmp_path, monkeypatch):
+    write(toy, tmp_path, ["safetensors"])
+    with monkeypatch.context() as patch:
+
+        def full(path, data):
+            if path.name == "model.pt2":
+                raise RunError(f"{path}: cannot be written: no space")
+            atomic_write(path, data)
+
+        atomic_write = export.atomic_write
+        patch.setattr(export, "atomic_write", full)
+        with pytest.raises(RunError, match="no space"):
+            write(toy, tmp_path, ["pt2"])
+    write(toy, tmp_path, ["pt2"])
+    assert {path.name for path in tmp_path.iterdir()} >= {"README.md", "model.pt2", "model.safetensors"}
+    assert check(toy, tmp_path, "pt2", build)
+
+
 @pytest.mark.parametrize("name", ["safetensors", "pt2", "onnx"])
 def test_a_file_of_another_network_is_told_with_exit_code_1_and_taken_away(toy, tmp_path, name, capsys, monkeypatch):
     if name == "onnx":

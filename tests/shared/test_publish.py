@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_the_old_report_and_nothing_else(tmp_path, monkeypatc
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(publish, "_sync", full)
+    monkeypatch.setattr(publish, "sync", full)
     with pytest.raises(RunError, match=r"results/p/c: cannot be written: No space left on device"):
         replace_folder(source, target)
     assert files_of(target) == OLD

@@ -10,7 +10,7 @@ import torch
 
 from shared import run as run_module
 from shared.checkpoint import load_state
-from shared.errors import CheckpointError, RunError
+from shared.errors import CheckpointError, DataError, RunError
 from shared.run import Run, folder_name, read_metrics, read_results, state_digest
 from tests.shared.small_runs import Small, snapshot
 
@@ -79,8 +79,29 @@ def test_metrics_that_are_damaged_are_told_in_one_line(opened):
     for damage in ("{", "[]", "{}", '"a"'):
         path = opened.folder / "metrics.jsonl"
         path.write_text(f'{{"event": "step"}}\n{damage}\n')
-        with pytest.raises(RunError, match=r"metrics.jsonl: is damaged; make the run again"):
+        with pytest.raises(RunError, match=r"metrics.jsonl: is damaged or gone; make the run again"):
             read_metrics(opened.folder, "step")
+    path.unlink()
+    with pytest.raises(RunError, match=r"metrics.jsonl: is damaged or gone"):
+        read_metrics(opened.folder, "step")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "both"),
+    [(False, False, False), (False, True, True), (True, False, True), (None, False, None), (False, None, None),
+     (None, True, True)],
+)  # fmt: skip
+def test_a_run_is_clean_only_where_it_is_known_to_have_been_at_each_start(before, now, both):
+    made = run_module.made_by_both({"commit": "a", "dirty": before}, {"commit": "a", "dirty": now})
+    assert made["dirty"] is both
+    assert run_module.made_by_both({"commit": "a"}, {"commit": "a", "dirty": False})["dirty"] is None
+
+
+def test_a_run_that_began_on_other_data_is_refused_by_their_name(opened):
+    opened.log("start", digests={"train": "1", "test": "2"})
+    opened.check_data({"train": "1", "test": "2", "partition": "3"})
+    with pytest.raises(DataError, match=r"began on other data \(test\); give it back"):
+        opened.check_data({"train": "1", "test": "3"})
 
 
 def test_the_same_configuration_opens_the_folder_again_and_another_is_refused_by_its_key(tmp_path):
@@ -183,6 +204,29 @@ def test_metrics_that_lost_what_the_state_counts_on_are_refused_not_padded(opene
         damage(opened.folder / "metrics.jsonl")
         with pytest.raises(RunError, match=r"metrics.jsonl: has \d bytes, but had"):
             opened.restore()
+
+
+def test_a_damaged_state_does_not_take_the_place_of_the_good_one_before_it(opened):
+    for number in (1, 2):
+        opened.save({"number": number}, force=True)
+    opened.state_path.write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"with --previous \(.*previous-state\.ckpt\)"):
+        opened.restore()
+    assert opened.restore(previous=True) == {"number": 1}
+    assert opened.restore() == {"number": 1}  # killed before it saved, the run goes on from there
+    opened.save({"number": 3}, force=True)
+    assert [opened.restore(previous)["number"] for previous in (False, True)] == [3, 1]
+
+
+def test_a_state_that_is_gone_is_no_new_start_while_there_is_one_before_it(opened):
+    for number in (1, 2):
+        opened.log("step", number=number)
+        opened.save({"number": number}, force=True)
+    opened.state_path.unlink()
+    with pytest.raises(CheckpointError, match=r"state\.ckpt: cannot be read: .* --previous"):
+        opened.restore()
+    assert opened.restore(previous=True) == {"number": 1}
+    assert [row["number"] for row in read_metrics(opened.folder, "step")] == [1]
 
 
 def test_asking_for_the_previous_state_where_there_is_none_is_refused(opened):

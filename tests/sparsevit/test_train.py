@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from shared import run as run_module
 from shared.checkpoint import load_model, load_state
-from shared.errors import CheckpointError, InterruptedRunError, RunError
+from shared.errors import CheckpointError, DataError, InterruptedRunError, RunError
 from shared.run import Run, read_metrics, read_results
 from sparsevit import start, weights
 from sparsevit.fit import Fit
@@ -19,6 +19,7 @@ from sparsevit.model import build
 from sparsevit.prune import Sweep, groups_of
 from sparsevit.shrink import load_network
 from sparsevit.train import train
+from tests.shared.small_runs import began_elsewhere
 from tests.sparsevit.whole_runs import SHORT, figures_of, whole
 
 
@@ -110,6 +111,14 @@ def test_a_run_goes_on_from_the_state_before_the_last(place, tiny, never_stopped
     config = tiny("paper", *SHORT)
     stop(place / "run", config, 15)
     assert whole(place / "run", config, previous=True) == never_stopped("paper")
+
+
+def test_a_run_does_not_go_on_with_other_images(place, tiny):
+    config = tiny("paper", *SHORT)
+    assert stop(place / "run", config, 13)
+    began_elsewhere(place / "run" / "metrics.jsonl")
+    with Run(place / "run", config, "test") as run, pytest.raises(DataError, match=r"began on other data \(train\)"):
+        train(config, run)
 
 
 def test_an_interrupted_pre_training_goes_on_to_the_same_bits_and_names_the_run(tmp_path, tiny, never_stopped):

@@ -1,4 +1,6 @@
-"""Make sample.npz from the official Fashion-MNIST files: python make_sample.py FOLDER (the four .gz files lie in it).
+"""Makes the embedded sample from the official Fashion-MNIST files: `python -m tests.shared.make_sample FOLDER`.
+
+The four .gz files lie in the folder.
 
 Keeps the first 1,000 training and the first 500 test images of every class, in official order, grouped by class.
 """
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.data import read_mnist
+from shared.data import SAMPLE, read_mnist
 
 
 def make(source: Path, target: Path) -> None:
@@ -26,4 +28,4 @@ def make(source: Path, target: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    make(Path(sys.argv[1]), Path(__file__).with_name("sample.npz"))
+    make(Path(sys.argv[1]), SAMPLE)
