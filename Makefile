@@ -1,4 +1,4 @@
-# `make` prints what there is to do. Every target sets up what it needs.
+# `make` prints what there is to do. Every target but `lock` sets up what it needs.
 
 PYTHON ?= python3
 SCALE  ?= mini

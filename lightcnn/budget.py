@@ -1,6 +1,6 @@
 """The budget track: the best network and recipe within the paper's number of parameters. None of it is the paper's.
 
-Networks are layouts, so that a search is a change of one line; the recipe adds label smoothing and a teacher.
+Networks are layouts, so that a search is a change of one line; the recipe can add label smoothing and a teacher.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Add finished runs to the published figures: `python results/add.py RUN...`.
 
-Writes the rows of each run to `results/<paper>/runs.csv`, all or nothing. A study is published by `python -m
-<paper>.reproduce ... --publish` instead; this is for a run that stands alone.
+Writes the rows of each run to `results/<paper>/runs.csv`; where one cannot be added, none is. A study is published by
+`python -m <paper>.reproduce ... --publish` instead; this is for a run that stands alone.
 """
 
 import argparse
@@ -48,8 +48,11 @@ def rows_of_run(folder: Path, name: str | None = None) -> list[Row]:
 
 
 def without_folder(command: str) -> str:
-    """A training command without its `--out`, which is of one machine and changes no figure."""
-    words = shlex.split(command)
+    """A training command without its `--out`, which is of one machine and changes no figure; as it is if damaged."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # an open quote; whoever checks the command tells of it
+        return command
     kept = [word for word, before in zip(words, ["", *words], strict=False)
             if word != "--out" and before != "--out" and not word.startswith("--out=")]  # fmt: skip
     return " ".join([*kept[:3], shlex.join(kept[3:])])
@@ -104,7 +107,7 @@ def add(folders: Sequence[Path], name: str | None = None) -> dict[Path, list[Row
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Add finished runs to results/<paper>/runs.csv, all or nothing."""
+    """Add finished runs to results/<paper>/runs.csv: all, or none where one cannot be added."""
     example = "example: python results/add.py runs/lightcnn/smoke-two_stage-s0"
     parser = argparse.ArgumentParser(prog="python results/add.py", description=main.__doc__, epilog=example)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a finished run")

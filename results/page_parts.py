@@ -4,9 +4,12 @@ import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import PurePosixPath
 from typing import Any
 
 from markdown_it import MarkdownIt
+
+from shared.errors import DataError
 
 VERDICTS: Mapping[str, tuple[str, str]] = {  # class, and a sign that needs no colour
     "reproduced": ("yes", "✓"), "not reproduced": ("no", "✕"), "inconclusive": ("open", "~"),
@@ -99,8 +102,13 @@ def table(
         label: what the table is, for those who do not see it.
         kind: its class; `claims` becomes cards on a narrow screen.
         extra: further columns before the last one, heading -> cells that are HTML already.
+
+    Raises:
+        DataError: a row has more or fewer cells than the head.
     """
     head, *body = rows
+    if uneven := next((row for row in body if len(row) != len(head)), None):
+        raise DataError(f"{label}: a row has {len(uneven)} cells, the head {len(head)}; `make tables` writes it anew")
     inserted = dict(extra or {})
     columns = [*head[:-1], *inserted, head[-1]]
     # Explicit roles keep the table a table for a screen reader where the narrow style makes cards of its rows.
@@ -168,5 +176,6 @@ def section(texts: Mapping[str, str], *starts: str) -> list[tuple[str, str]]:
 
 
 def image_titles(readme: str) -> dict[str, str]:
-    """Name of a picture's file -> the alternative text that the README gives it."""
-    return {posixpath.splitext(posixpath.basename(path))[0]: alt for alt, path in IMAGE.findall(readme)}
+    """`study/name` of a picture in `<study>/plots/` -> the alternative text that the README gives it."""
+    found = {PurePosixPath(path): alt for alt, path in IMAGE.findall(readme)}
+    return {f"{path.parent.parent.name}/{path.stem}": alt for path, alt in found.items()}

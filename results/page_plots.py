@@ -25,6 +25,7 @@ CAPTIONS = {
     "reliability": "Accuracy against confidence of the ensemble, in 15 bins; the diagonal is calibrated.",
     "training_curves": "Training and validation accuracy by epoch, a line a seed, each phase shaded and named.",
     "size_and_accuracy": "Test accuracy (mean and range over seeds) against parameters, with published figures.",
+    "ladder": "Accuracy by arm of the budget track, each seed a point: validation, which chose the recipe, and test.",
     "augmented_images": "Training images, and what the second branch sees of them under either warp.",
     "confusion_matrix": "Test images by class and prediction, of the first seed's final network.",
     "accuracy_by_ratio": "Accuracy against the share pruned, of weights and of neurons: mean and deviation.",

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import page_parts as parts
 import page_plots
-from csv_schema import read_lines
+from csv_schema import format_problems, read_lines
 from recompute import read_tables, table_of
+
+from shared.errors import DataError
 
 LINES = Sequence[Mapping[str, str]]
 # What a study's files of Markdown hold, in the order of the page; of others the name is the title.
@@ -25,7 +27,10 @@ class StudyPart:
     def __init__(self, path: Path, paper: str, titles: Mapping[str, str]) -> None:
         self.path, self.folder, self.titles = path, path.parent, titles
         self.single = path.name == "runs.csv"
-        self.lines: LINES = read_lines(path)[1] if path.exists() else ()
+        columns, lines = read_lines(path) if path.exists() else ([], [])
+        if problems := format_problems(path.name, columns, lines) if path.exists() else []:
+            raise DataError(f"{path}: {problems[0]}; `python results/check.py` names all")
+        self.lines: LINES = lines
         summary = table_of(self.folder / "summary.md")[1:]
         known = f"{paper}, `{'single runs' if self.single else self.folder.name}`"
         self.name = summary[0][0] if summary and not self.single else known
@@ -113,7 +118,7 @@ class StudyPart:
         return f"<h4>Accuracies</h4><figure>{drawn}{self._made()}</figure>"
 
     def _plot(self, path: Path) -> str:
-        text = page_plots.caption(path.stem, self.titles.get(path.stem, ""))
+        text = page_plots.caption(path.stem, self.titles.get(f"{self.folder.name}/{path.stem}", ""))
         drawn = page_plots.plot(path, f"{self.identifier}-{parts.slug(path.stem)}", text)
         box = f"{parts.scroll_open(f'Plot: {text}')}{drawn}</div>"
         return f'<figure class="picture">{box}{self._made(text)}</figure>'

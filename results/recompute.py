@@ -53,9 +53,11 @@ def table_of(path: Path) -> Table:
 
 
 class Study:
-    """One published study: its rows, and from them alone what each of its files must say."""
+    """One published study: its rows, and from them alone what each of its files must say; DataError without rows."""
 
     def __init__(self, folder: Path, rows: Sequence[Row]) -> None:
+        if not rows:
+            raise DataError(f"{folder}/results.csv: has no rows; take it back from git")
         self.folder, self.rows = folder, rows
         self.paper, self.config = rows[0].paper, rows[0].config
         self.methods = list(dict.fromkeys(row.method for row in rows if row.method != WHOLE))  # as they were run

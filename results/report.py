@@ -25,7 +25,7 @@ LARGEST = 8 * 2**20
 NOT_RUN = "not run"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 INTRODUCTION = ("The paper in a screen",)
-PROTOCOL = ("Methods", "Results", "Real ")
+PROTOCOL = ("Methods", "The budget", "Results", "Real ")
 LIMITS, DEVIATIONS, SPEED = ("What is certain",), ("Deviations",), ("Speed",)
 
 
@@ -184,9 +184,9 @@ def _judged(rows: Sequence[Sequence[str]]) -> str:
     compared = sum("[" in row[3] for row in rows)
     facts = sum("[" not in row[3] and row[-1] != NOT_RUN for row in rows)
     said = (
-        f"{len(rows)} claims. {compared} are comparisons, judged by a difference over n seeds, paired where both sides "
-        "are runs: reproduced where its 95 % interval is on the claim's side of zero, not reproduced where it is on "
-        "the other, inconclusive where it spans zero."
+        f"{len(rows)} verdicts, one for each claim of each study. {compared} are comparisons, judged by a difference "
+        "over n seeds, paired where both sides are runs: reproduced where its 95 % interval is on the claim's side of "
+        "zero, not reproduced where it is on the other, inconclusive where it spans zero."
     )
     if facts:
         said += f" {facts} {'is a fact' if facts == 1 else 'are facts'}, such as a count, without an interval: "

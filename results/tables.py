@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from posixpath import dirname, join, relpath
 
 from recompute import Study, table_of, text_of
 
@@ -28,6 +29,7 @@ MAIN = {
                  "The two stages are better than training the same network in one go, for as many epochs"),
     "sparsevit": ("SparseViT, 2023", "mini", "Pruned by 10 to 50 % (mean of five), it is better than without"),
 }  # fmt: skip
+LINK = re.compile(r"\]\((\.\.?/[^)]+)\)")
 VERDICTS = ("reproduced", "inconclusive", "not reproduced")
 MARKER = re.compile(r"<!-- begin (?P<source>[\w./-]+) -->\n.*?<!-- end (?P=source) -->", re.DOTALL)
 
@@ -46,12 +48,12 @@ def papers_table(results: Path) -> str:
 
 def overview_table(results: Path) -> str:
     """What each paper claims first of all, what was found in a study or two, how its headline claims fare in all."""
-    rows = [["paper", "its main claim", "ours", "n", "verdict", f"headline claims: {', '.join(VERDICTS)}"]]
+    rows = [["paper", "its main claim", "ours", "n", "verdict", f"headline verdicts: {', '.join(VERDICTS)}"]]
     for paper, (name, studies, claim) in MAIN.items():
         lines = {p.parent.name: table_of(p)[1:] for p in sorted((results / paper).glob("*/summary.md"))}
         counts = [sum(row[-1] == verdict for own in lines.values() for row in own) for verdict in VERDICTS]
         tally = ", ".join(map(str, counts)) if lines else "-"
-        ends = [f"[{name}]({paper}/README.md)", tally]
+        ends = [f"[{name}](../{paper}/README.md)", tally]
         for study in studies.split():
             found = next((row[3:] for row in lines.get(study, ()) if row[1] == claim), None)
             if study in lines and found is None:
@@ -61,8 +63,10 @@ def overview_table(results: Path) -> str:
     return markdown(rows)
 
 
-def fill(readme: str, root: Path, fresh: dict[str, str]) -> str:
-    """Replace what stands between the markers of a file by the file; `fresh` holds texts not written yet.
+def fill(readme: str, root: Path, fresh: dict[str, str], folder: str = ".") -> str:
+    """Replace what stands between the markers of a file by the file, its links seen from the README's folder.
+
+    `fresh` holds texts not written yet.
 
     Raises:
         DataError: a file that is named is missing.
@@ -74,6 +78,7 @@ def fill(readme: str, root: Path, fresh: dict[str, str]) -> str:
             text = fresh[source] if source in fresh else (root / source).read_text(encoding="utf-8")
         except OSError as error:
             raise DataError(f"{source}: cannot be read: {error.strerror}; a README shows it") from None
+        text = LINK.sub(lambda link: f"]({relpath(join(dirname(source), link[1]), folder)})", text)
         return f"<!-- begin {source} -->\n{text.rstrip()}\n<!-- end {source} -->"
 
     return MARKER.sub(replacement, readme)
@@ -95,7 +100,7 @@ def main(arguments: Sequence[str]) -> int:
     for path in [*(REPOSITORY / name for name in fresh), *readmes]:
         name = path.relative_to(REPOSITORY).as_posix()
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        wanted = fresh[name] if name in fresh else fill(text, REPOSITORY, fresh)
+        wanted = fresh[name] if name in fresh else fill(text, REPOSITORY, fresh, dirname(name) or ".")
         if wanted != text:
             stale.append(name)
             if not check:

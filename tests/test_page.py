@@ -214,6 +214,19 @@ def test_what_a_readme_or_a_table_says_cannot_break_the_page(small):
     assert "6 < 4 | 0" in found.text
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "said"),
+    [("results.csv", "paper,config", "paper,name", "columns"), ("results.csv", ",generic.accuracy,0", ",x,y0", "value"),
+     ("claims.md", "| verdict |", "| verdict | more |", "a row has 6 cells, the head 7")],
+)  # fmt: skip
+def test_a_published_file_that_was_edited_by_hand_is_one_line(small, file, old, new, said):
+    path = small / "results" / "fedloge" / "mini" / file
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(DataError, match=re.escape(said)):
+        report.build(small)
+
+
 def test_no_results_at_all_still_make_a_page(small):
     shutil.rmtree(small / "results")
     found = read(report.build(small))
@@ -328,11 +341,11 @@ def test_a_table_is_captioned_with_the_command_that_its_text_names_and_never_wit
 def test_the_page_says_how_comparisons_and_facts_are_judged_and_how_many_there_are(page):
     rows = recompute.table_of(REPOSITORY / "results" / "papers.md")[1:]
     compared = sum("±" in row[3] for row in rows)
-    assert f"{len(rows)} claims. {compared} are comparisons, judged by a difference over n seeds" in page.text
+    assert f"{compared} are comparisons, judged by a difference over n seeds" in page.text
     left = len(rows) - compared - sum(row[-1] == "not run" for row in rows)
     assert (f"{left} are facts, such as a count, without an interval" in page.text) == (left > 1)
     fact, other = ["p", "c", "-", "640", "5", "reproduced"], ["p", "c", "-", "-", "0", "not run"]
-    assert "1 claims. 0 are comparisons" in report._judged([other])
+    assert "1 verdicts, one for each claim of each study. 0 are comparisons" in report._judged([other])
     assert "fact" not in report._judged([other])
     assert " 1 is a fact, such as a count, without an interval" in report._judged([fact, other])
 
@@ -348,3 +361,16 @@ def test_papers_with_results_come_first_in_the_order_of_the_readme(small):
     assert [x["id"] for tag, x in read(report.build(small)).tags if tag == "section" and x.get("class") == "paper"] == [
         "mdcs", "fedloge", "lightcnn", "sparsevit",
     ]  # fmt: skip
+
+
+def test_a_plots_words_are_those_of_its_own_study():
+    readme = "![a, MNIST](../results/x/one/plots/ladder.png)\n![b](../results/x/two/plots/ladder.png)\n"
+    titles = parts.image_titles(readme)
+    assert titles == {"one/ladder": "a, MNIST", "two/ladder": "b"}
+    own = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+    title = rf'<title id="lightcnn-(?:budget-)?({"|".join(own)})-[a-z_-]+-title">([^<]*)<'
+    found = re.findall(title, PAGE.read_text("utf-8"))
+    assert {study for study, _ in found} == set(own)
+    for study, title in found:
+        for other in set(own) - {study}:
+            assert not re.search(rf"(?<![\w-]){own[other]}", title)

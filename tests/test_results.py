@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shared.cli import run_main
+from shared.errors import DataError
 from shared.report import read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -231,6 +232,20 @@ def test_nothing_is_added_to_a_damaged_file(results, run, capsys, content):
     assert error.count("\n") == 1
     assert "runs.csv" in error
     assert (results / "fedloge" / "runs.csv").read_text() == content
+
+
+def test_a_command_with_an_open_quote_is_told_and_not_added(results, run, tmp_path, capsys):
+    changed = shutil.copytree(run, tmp_path / "changed")
+    set_json(changed / "results.json", command="python -m fedloge.train --config 'smoke")
+    assert run_main(add.main, [str(changed)]) == 2
+    assert "cannot be read as a command: No closing quotation" in capsys.readouterr().err
+
+
+def test_a_study_without_rows_is_one_line(results):
+    path = results / STUDY / "results.csv"
+    path.write_text(path.read_text().partition("\n")[0] + "\n")
+    with pytest.raises(DataError, match="has no rows; take it back from git"):
+        recompute.Study(path.parent, read_rows(path))
 
 
 def test_a_run_with_other_settings_wants_a_name(results, run, tmp_path, capsys):
