@@ -27,7 +27,7 @@ COMPARISONS: tuple[Comparison, ...] = (
     ),
     Comparison(
         "Progressive unfreezing is better than training everything at once",
-        "abstract: progressive unfreezing",
+        "abstract: progressive unfreezing; everything at once has fewer phases, and both stop early",
         "two_stage/accuracy",
         "all_at_once/accuracy",
         headline=True,

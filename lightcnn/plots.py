@@ -1,6 +1,6 @@
 """The pictures of a study: training curves by phase, accuracy against size, augmented images, the confusion matrix."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from shared.cli import REPOSITORY
 from shared.config import load
 from shared.gpu import stream
 from shared.plots import new_figure, save, use_style
-from shared.report import figures_of, read_rows
+from shared.report import figures_of, read_rows, rows_of
 from shared.run import read_metrics, read_results
 
 OURS = "two_stage"
@@ -23,11 +23,12 @@ OURS = "two_stage"
 # paper states fewer than 20,000 parameters for CIFAR-10; 19,622 are those of its network.
 PUBLISHED: dict[str, tuple[tuple[int, float, str], ...]] = {
     "mnist": ((14862, 99.0, "paper"), (575, 98.0, "neural golfing (>)"), (1500, 99.2, "MLDS 2022 talk"),
-              (7070, 99.4, "ERAv4S6 (>)"), (8900, 99.5, "era-s7"), (15578, 99.43, "MNIST_99.4")),
+              (7070, 99.4, "ERAv4S6 (>)"), (8640, 99.2, "MNIST-Challenge"), (8900, 99.5, "era-s7"),
+              (15578, 99.43, "MNIST_99.4")),
     "fashion_mnist": ((14862, 89.0, "paper"), (100_000, 92.5, "2 conv, Zalando's list (<100k)"),
-                      (113_000, 92.2, "2 conv, Zalando's list")),
+                      (113_000, 92.2, "2 conv, Zalando's list"), (85_000, 91.6, "residual + SE (about 85k)")),
     "cifar10": ((19622, 65.0, "paper"), (45420, 80.0, "Restricted_CNN (>)"), (72730, 83.1, "mummanajagadeesh"),
-                (97530, 94.6, "tiniest")),
+                (97530, 94.6, "tiniest"), (85_000, 72.0, "residual + SE (about 85k)")),
 }  # fmt: skip
 
 
@@ -36,7 +37,9 @@ def draw_all(folders: Sequence[Path], out: Path) -> None:
     use_style("lightcnn")
     out.mkdir(parents=True, exist_ok=True)
     results = {folder: read_results(folder) for folder in folders}
-    size_and_accuracy(results, out)
+    figures = figures_of([row for found in results.values() for row in rows_of(found)], "final")
+    name = load(folders[0] / "config.yaml", Config).data.name
+    size_and_accuracy(figures, [found["method"] for found in results.values()], name, out)
     for folder in folders:
         if results[folder]["method"] == OURS:
             training_curves(folder, out)
@@ -60,14 +63,27 @@ def draw_ladder(figures: Figures, arms: Sequence[str], out: Path) -> None:
     save(figure, out / "ladder")
 
 
-def budget_points(name: str) -> list[tuple[float, list[float]]]:
-    """Parameters and accuracies (%) of the budget track's published network on this data set, if there is one."""
-    path = REPOSITORY / "results" / "lightcnn" / f"budget_{name}" / "results.csv"
-    if not path.exists():
-        return []
-    figures = figures_of(read_rows(path), "final")
-    accuracies = [100 * value for value in figures["distillation/accuracy"].values()]
-    return [(next(iter(figures["distillation/parameters"].values())), accuracies)]
+def published_networks(name: str, shown: Collection[str]) -> dict[str, tuple[float, list[float]]]:
+    """Parameters and accuracies (%) by seed of what other studies of this data set have published, by its name here.
+
+    `shown` are the methods that need not be shown twice.
+    """
+    studies = ((f"budget_{name}", ("distillation",)), (name, (OURS,)), (f"{name}_peers", None))
+    found: dict[str, tuple[float, list[float]]] = {}
+    for study, wanted in studies:
+        path = REPOSITORY / "results" / "lightcnn" / study / "results.csv"
+        figures = figures_of(read_rows(path), "final") if path.exists() else {}
+        methods = [key.partition("/")[0] for key in figures if key.endswith("/accuracy")]
+        for method in (m for m in methods if m not in shown and (wanted is None or m in wanted)):
+            label = "our budget track" if method == "distillation" else method
+            found[label] = size_and_accuracies(figures, method)
+    return found
+
+
+def size_and_accuracies(figures: Figures, method: str) -> tuple[float, list[float]]:
+    """A method's parameters, and its accuracies in % by seed."""
+    size = next(iter(figures[f"{method}/parameters"].values()))
+    return size, [100 * value for value in figures[f"{method}/accuracy"].values()]
 
 
 def training_curves(folder: Path, out: Path) -> None:
@@ -104,23 +120,22 @@ def training_curves(folder: Path, out: Path) -> None:
     save(figure, out / "training_curves")
 
 
-def size_and_accuracy(results: dict[Path, dict[str, Any]], out: Path) -> None:
+def size_and_accuracy(figures: Figures, methods: Sequence[str], name: str, out: Path) -> None:
     """Test accuracy (mean and range over seeds) against parameters, with published figures of the same data set."""
     figure, (axis,) = new_figure(1, 1, (9, 5))
-    for number, (folder, found) in enumerate(results.items()):
-        values = [100 * row["value"] for row in found["figures"] if row["metric"] == "accuracy"]
-        size = next(row["value"] for row in found["figures"] if row["metric"] == "parameters")
+
+    def draw_point(size: float, values: Sequence[float], label: str, **style: Any) -> None:
         mean = float(np.mean(values))
         spread = [[mean - min(values)], [max(values) - mean]]
-        ours = found["method"] == OURS
+        axis.errorbar([size], [mean], yerr=spread, label=label, **style)
+
+    for number, method in enumerate(methods):
+        size, values = size_and_accuracies(figures, method)
         beside = size * 1.02 ** (number % 5 - 2)  # many networks have the same size
-        axis.errorbar([beside], [mean], yerr=spread, color=f"C{number % 10}", label=found["method"],
-                      fmt="*" if ours else "osD^v"[number // 10 % 5], ms=11 if ours else 4)  # fmt: skip
-        name = load(folder / "config.yaml", Config).data.name
-    for size, values in budget_points(name):
-        mean = float(np.mean(values))
-        axis.errorbar([size], [mean], yerr=[[mean - min(values)], [max(values) - mean]], fmt="P", ms=9, color="black",
-                      label="our budget track")  # fmt: skip
+        marker, marker_size = ("*", 11) if method == OURS else ("osD^v"[number // 10 % 5], 4)
+        draw_point(beside, values, method, color=f"C{number % 10}", fmt=marker, ms=marker_size)
+    for number, (label, (size, values)) in enumerate(published_networks(name, methods).items()):
+        draw_point(size, values, label, color="black", fmt="P*<>hdp"[number % 7], ms=9 if number < 2 else 5)
     for size, accuracy, who in PUBLISHED.get(name, ()):
         axis.plot([size], [accuracy], "x", color="black")
         axis.annotate(who, (size, accuracy), fontsize=7, xytext=(4, 2), textcoords="offset points")

@@ -32,6 +32,12 @@ def test_ranges_of_zero_change_nothing(warp, side):
     torch.testing.assert_close(augment(images, draws, OFF, warp), images, atol=1e-5, rtol=0)
 
 
+@each_warp
+def test_ranges_of_zero_change_nothing_to_keras_own_tolerance_in_float64(warp):
+    images, draws = pictures(4).double(), draw(4, OFF, Generator().manual_seed(0)).double()
+    torch.testing.assert_close(augment(images, draws, OFF, warp), images, atol=1e-6, rtol=0)
+
+
 @each_side
 @each_warp
 def test_a_quarter_turn_is_a_rotation_by_90_degrees(side, warp):

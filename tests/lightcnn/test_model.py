@@ -119,12 +119,13 @@ def test_head_transfer_says_which_heads_are_copied_and_convolutions_always_are(t
 
 def test_the_merged_model_holds_copies():
     a, b = Submodel(1, 28, seed=1), Submodel(1, 28, seed=2)
-    before = {n: p.clone() for n, p in a.state_dict().items()}
+    before = [{n: p.clone() for n, p in branch.state_dict().items()} for branch in (a, b)]
     whole = merge(a, b)
     with torch.no_grad():
         for p in whole.parameters():
             p.add_(1)
-    assert all(torch.equal(p, before[n]) for n, p in a.state_dict().items())
+    for branch, kept in zip((a, b), before, strict=True):
+        assert all(torch.equal(p, kept[n]) for n, p in branch.state_dict().items())
 
 
 def test_branches_of_different_data_sets_or_other_widths_are_not_merged():

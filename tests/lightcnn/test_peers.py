@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from lightcnn import plots
 from lightcnn.baselines import BASELINES, ImageShape
 from lightcnn.reproduce import PEERS
+from shared.report import Row, figures_of, read_rows, write_rows
 
 # Parameters with ten classes, counted once from torchvision's own models.
 SIZES = {
@@ -57,3 +59,23 @@ def test_peers_draw_nothing_that_no_seed_resumes():
     for name in PEERS:
         module = module_of(name, ImageShape(1, 28, 10)).train()
         assert all(layer.p == 0 for layer in module.modules() if isinstance(layer, torch.nn.Dropout))
+
+
+def test_the_plot_shows_what_other_studies_of_the_data_set_have_published(monkeypatch, tmp_path):
+    monkeypatch.setattr(plots, "REPOSITORY", tmp_path)
+    common = {"paper": "lightcnn", "seed": 0, "at": "final", "split": "test", "device": "CPU", "precision": "float32",
+              "commit": "c", "seconds": 1.0, "command": "-"}  # fmt: skip
+    for study, method, size in (
+        ("budget_mnist", "distillation", 10), ("mnist", "two_stage", 20), ("mnist_peers", "squeezenet", 30),
+        ("mnist_peers", "bn_gap", 40), ("cifar10", "two_stage", 50),
+    ):  # fmt: skip
+        path = tmp_path / "results" / "lightcnn" / study / "results.csv"
+        rows = read_rows(path) if path.exists() else []
+        rows += [Row(config=study, method=method, metric=metric, value=value, **common)
+                 for metric, value in (("accuracy", 0.5), ("parameters", size))]  # fmt: skip
+        write_rows(path, rows)
+    wanted = {"our budget track": (10, [50]), "two_stage": (20, [50]), "squeezenet": (30, [50])}
+    assert plots.published_networks("mnist", ["bn_gap"]) == wanted
+    assert plots.published_networks("fashion_mnist", []) == {}
+    plots.size_and_accuracy(figures_of(read_rows(path), "final"), ["two_stage"], "mnist", tmp_path)
+    assert "our budget track" in (tmp_path / "size_and_accuracy.svg").read_text()

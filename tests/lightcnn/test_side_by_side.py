@@ -29,6 +29,19 @@ def test_seeds_side_by_side_are_the_seeds_alone(config_of, problem_of, run_phase
     )
 
 
+@pytest.mark.slow
+def test_seeds_side_by_side_are_the_seeds_alone_over_a_whole_epoch(config_of, problem_of, run_phases):
+    settings = ("data.train_images=4000", "data.val_images=1000", "stage1.epochs=1")
+    config = config_of("seeds=2", *settings)
+    together, *_ = run_phases(config, problem_of(config), 1)
+    for number in range(2):
+        alone_config = config_of("seeds=1", f"seed={number}", *settings)
+        alone, *_ = run_phases(alone_config, problem_of(alone_config), 1)
+        for point in ("branch_a", "branch_b"):
+            mine = {n: t[number][None] for n, t in together[point].items()}
+            assert largest_difference(alone[point], mine) < 1e-4
+
+
 @pytest.mark.parametrize("method", ["bn_gap", "scratch_mild", "{name: budget, layout: c4 P s6}"])
 def test_seeds_of_every_kind_of_network_are_the_seeds_alone(method, config_of, problem_of, run_phases):
     config = config_of(f"method={method}", "seeds=2")

@@ -4,21 +4,26 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional
 
 from lightcnn import feed, fused, training
 from lightcnn.algorithm import CARRY, METHODS, plan, trained_names
-from lightcnn.method import Phase
+from lightcnn.feed import gather, live_levels
+from lightcnn.method import Phase, lane_losses
 from lightcnn.model import merge
 from shared.errors import DataError, InterruptedRunError
 from shared.gpu import NotFiniteError
 from tests.lightcnn.stacks import largest_difference
 
 
+@pytest.mark.parametrize("colour", [False, True])
 @pytest.mark.parametrize("schedule", ["paper", "literal", "notebook", "all_at_once"])
-def test_a_phase_moves_all_that_it_trains_and_nothing_else(config_of, problem_of, schedule):
+def test_a_phase_moves_all_that_it_trains_and_nothing_else(config_of, problem_of, schedule, colour):
     config = config_of(f"method={{name: two_stage, schedule: {schedule}}}", "batch_size=256", "stage1.epochs=1",
                        "data={name: sample, val_images: 50, val_from: each_class, train_images: 770}")  # fmt: skip
     problem, points = problem_of(config), {}
+    if colour:
+        problem = replace(problem, images=functional.pad(problem.images.expand(-1, 3, -1, -1), (2,) * 4))
     for step in plan(config, problem):
         state = training.begin(step, points, problem, config)
         before = {n: t.detach().clone() for n, t in state.weights.items()}
@@ -77,20 +82,32 @@ def test_the_frozen_part_ends_below_dropout_whatever_the_schedule(schedule, cach
         assert [e.loss for r in a for e in r] == [pytest.approx(e.loss, abs=1e-5) for r in b for e in r]
 
 
-def test_the_next_phase_starts_where_the_kept_epoch_ended(config_of, problem_of, run_phases):
+@pytest.mark.parametrize("phases", [2, 3, 4])
+def test_the_next_phase_starts_where_the_kept_epoch_ended(config_of, problem_of, run_phases, phases):
     """The loss just after a transition is the one just before it: nothing but the kept weights goes over."""
     config = config_of("stage2.max_epochs=3")
     problem = problem_of(config)
-    points, states, _ = run_phases(config, problem, 4)
-    step = plan(config, problem)[4]
+    points, states, _ = run_phases(config, problem, phases)
+    step = plan(config, problem)[phases]
     after = training.begin(step, points, problem, config)
     assert largest_difference(after.weights, states[-1].kept) == 0
-    assert largest_difference(points["P3"], states[-1].kept) == 0
+    assert largest_difference(points[f"P{phases - 1}"], states[-1].kept) == 0
     assert not after.optimizer.state, "a fresh optimiser"
     state = states[-1]
     state.weights, state.active = state.kept, [0, 1]
+    before = validation_losses(state, problem)
+    torch.testing.assert_close(validation_losses(after, problem), before, atol=1e-6, rtol=0)
     assert training.validate(state, problem, config) == training.validate(after, problem, config)
     assert training.validate(after, problem, config) == [stop.kept for stop in state.stops]
+
+
+def validation_losses(state, problem):
+    """Cross-entropy of each network in evaluation mode; the frozen layers' outputs are taken where they are kept."""
+    held = torch.stack([lane.validation for lane in state.lanes])
+    with torch.no_grad():
+        inputs = gather(state, problem, held)
+        logits = state.step.network.forward(state.weights, inputs, live_levels(state))
+    return lane_losses(logits, problem.labels[held])
 
 
 def test_the_merged_model_carries_each_branch_from_its_own_best_epoch(config_of, problem_of, run_phases):
