@@ -1,8 +1,6 @@
 """What every benchmark needs: images, a stopwatch, the bytes that tensors hold, and a report as tables and as CSV."""
 
-import csv
 import gc
-import io
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ from torch.nn import functional
 
 from shared.checkpoint import atomic_write
 from shared.gpu import describe, stream
-from shared.report import markdown, show
+from shared.report import markdown, show, write_csv
 from shared.run import environment
 
 CPU = torch.device("cpu")
@@ -82,15 +80,6 @@ class Report:
             show(f"{name}: {self.rows[0]['device']}, torch {torch.__version__}", table(self.rows, name))
         write_csv(path, COLUMNS, self.rows)
         atomic_write(path.with_suffix(".md"), ratios(self.rows).encode())
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with a head."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(path, text.getvalue().encode())
 
 
 def table(rows: Sequence[Mapping[str, Any]], name: str) -> list[list[str]]:

@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from bench_report import Report, now, smooth_images, write_csv
+from bench_report import Report, now, smooth_images
 from torch import Tensor, nn
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx

@@ -62,6 +62,20 @@ def test_a_recipe_works_as_it_is_written(title, tmp_path, python, monkeypatch):
     assert list((tmp_path / "runs" / "lightcnn").glob("*/results.json"))
 
 
+def test_a_fifth_package_trains_and_exports_without_a_change_to_shared(tmp_path, python):
+    shutil.copytree(REPOSITORY / "shared", tmp_path / "shared", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (REPOSITORY / "lightcnn").rglob("*"):
+        if path.suffix in (".py", ".yaml", ".md"):
+            place = tmp_path / "fifth" / path.relative_to(REPOSITORY / "lightcnn")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(path.read_text(encoding="utf-8").replace("lightcnn", "fifth"), encoding="utf-8")
+    done = python("-m", "fifth.train", "--config", "smoke", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs" / "fifth").iterdir()
+    assert python("-m", "fifth.export", str(run), "--out", "model", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
 def test_every_package_has_the_files_that_a_fifth_paper_is_told_to_have():
     (section,) = re.findall(r"^## Add a fifth paper\n(.*?)(?=^## )", TEXT, re.DOTALL | re.MULTILINE)
     files = re.findall(r"`([\w/]+\.(?:py|yaml|md))`", section.partition("\n3.")[0])
