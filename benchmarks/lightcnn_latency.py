@@ -38,7 +38,7 @@ from shared.checkpoint import atomic_write
 from shared.cli import REPOSITORY
 from shared.config import load
 from shared.gpu import setup
-from shared.report import markdown, show
+from shared.report import markdown, show, write_csv
 
 CASES = {
     "28 x 28 grey": (ImageShape(1, 28, 10), "budget_mnist"),

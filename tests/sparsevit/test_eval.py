@@ -17,7 +17,14 @@ from sparsevit import latency, measure
 from sparsevit.baselines import wanda_masks
 from sparsevit.latency import time_networks, variants_of
 from sparsevit.measure import accuracies, calibrate, masked, observations, ratio_figures, sizes
-from sparsevit.method import attention_entropy, attention_penalty, global_magnitude_masks, neuron_scores, prunable
+from sparsevit.method import (
+    attention_entropy,
+    attention_penalty,
+    global_magnitude_masks,
+    head_scores,
+    neuron_scores,
+    prunable,
+)
 from sparsevit.model import arch_size, build, count_macs, uniform_size
 from sparsevit.shrink import remove_heads, remove_neurons, save_network
 
@@ -72,10 +79,12 @@ def test_calibration_measures_what_the_formulas_take(lab, batch_size):
         wanted = neuron_scores(seen[i]["hidden"], block.fc2.weight)
         assert torch.allclose(found.neuron_scores(network)[i], wanted, rtol=1e-3)
         assert torch.allclose(found.mixed_mean[i], seen[i]["mixed"].flatten(0, 1).double().mean(0), atol=1e-5)
-        norms = seen[i]["mlp_in"].flatten(0, 1).double().norm(dim=0)
-        assert torch.allclose(found.input_norms[f"blocks.{i}.fc1.weight"], norms, rtol=1e-4)
-        norms = seen[i]["mixed"].flatten(0, 1).double().norm(dim=0)
-        assert torch.allclose(found.input_norms[f"blocks.{i}.attn.out.weight"], norms, rtol=1e-4)
+        scores = head_scores(seen[i]["mixed"], block.attn.out.weight, block.attn.heads)
+        assert torch.allclose(found.head_scores[i].float(), scores.float(), rtol=1e-4)
+        for matrix, read in (("attn.q", "attn_in"), ("attn.k", "attn_in"), ("attn.v", "attn_in"), ("attn.out", "mixed"),
+                             ("fc1", "mlp_in"), ("fc2", "hidden")):  # fmt: skip
+            norms = seen[i][read].flatten(0, 1).double().norm(dim=0)
+            assert torch.allclose(found.input_norms[f"blocks.{i}.{matrix}.weight"], norms, rtol=1e-4), matrix
     blocks = dict(prunable(network, "blocks"))
     assert set(found.input_norms) == set(blocks)
     masks = wanda_masks(blocks, found.input_norms, 0.5)
@@ -88,6 +97,15 @@ def test_calibration_takes_evenly_spaced_images_of_a_set_in_class_order(lab):
     data.prefetch = lambda batches, generator: seen.extend(batches) or original(batches, generator)
     calibrate(lab.network(), data, 10, 4)
     assert torch.cat(seen).tolist() == list(range(0, 100, 10))
+
+
+def test_observations_take_evenly_spaced_images_of_a_set_in_class_order(lab, monkeypatch):
+    data, seen = source(lab), []
+    monkeypatch.setattr(measure, "OBSERVED_IMAGES", 10)
+    original = data.prefetch
+    data.prefetch = lambda batches, generator: seen.extend(batches) or original(batches, generator)
+    observations(lab.network(), data, 4)
+    assert torch.cat(seen).tolist() == [i * 53 // 10 for i in range(10)]
 
 
 @pytest.mark.parametrize("at_once", [10**9, 60, 1])

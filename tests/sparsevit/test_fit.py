@@ -87,6 +87,9 @@ def test_each_term_is_its_formula_times_its_coefficient(lab):
     both = (float(attention_penalty(seen[0]["attention"])) + last) / 2
     assert value("paper", "coefficients.scope=all")[0] == pytest.approx(0.5 * both, rel=1e-9)
     assert both != pytest.approx(last, rel=1e-3)
+    for chosen in ("authors", "blocks"):
+        total = sum(float(p.abs().sum()) for p in prunable(network, chosen).values())
+        assert value("l1", f"prune.set={chosen}")[0] == pytest.approx(0.25 * total, rel=1e-6)
     assert value("flip")[0] == pytest.approx(-0.5 * last, rel=1e-9)
     assert value("paper_strong")[0] == pytest.approx(7 * last, rel=1e-9)
     assert value("attn_l1")[0] == pytest.approx(2 / 5, rel=1e-9)

@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 
-from shared.gpu import NotFiniteError
+from shared.gpu import NotFiniteError, stream
 from sparsevit.config import OursRecipe
 from sparsevit.fit import CHUNK
+from sparsevit.measure import accuracies
 from sparsevit.method import global_magnitude_masks, prunable
+from sparsevit.schedule import rates
 from tests.sparsevit.small_fits import AUTHORS, SGD, make, run, same, source, state_of
 
 ADAMW = OursRecipe(name="ours", optimizer="adamw", lr=0.01, weight_decay=0.1)
@@ -140,9 +142,32 @@ def test_clipping_bounds_the_step(lab):
     assert max(float((end[n] - start[n]).abs().max()) for n in start) < 1e-5
 
 
-def test_bfloat16_training_keeps_weights_and_penalty_in_float32(lab):
-    fit = make(lab, "paper", precision="bfloat16", epochs=1)
+def test_every_step_takes_its_own_rate_and_momentum(lab):
+    fit = make(lab, recipe=AUTHORS)
+    taken = [{(group["lr"], group["momentum"]) for group in fit.optimizer.param_groups} for _ in fit.steps()]
+    assert taken == [{tuple(rates(AUTHORS, step, fit.total))} for step in range(fit.total)]
+    assert len({momentum for ((_, momentum),) in taken}) > 3
+
+
+def test_every_epoch_and_chunk_is_augmented_by_a_stream_of_its_own(lab):
+    fit, seeds = make(lab, batch_size=2, epochs=2), []
+    original = fit.source.prefetch
+    fit.source.prefetch = lambda batches, draws: seeds.append(draws.initial_seed()) or original(batches, draws)
     run(fit)
+    assert seeds == [stream(0, "test", "augment", epoch, start).initial_seed() for epoch in (0, 1) for start in (0, 16)]
+
+
+def test_bfloat16_training_keeps_weights_and_penalty_in_float32(lab):
+    fit, kinds, terms = make(lab, "paper", precision="bfloat16", epochs=1), [], []
+    fit.network.head.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    term = fit.term
+    fit.term = lambda network, seen: terms.append(term(network, seen)) or terms[-1]
+    run(fit)
+    assert {*kinds} == {torch.bfloat16}, "the products are in bfloat16"
+    assert {value.dtype for value in terms} == {torch.float32}
+    kinds.clear()
+    accuracies([fit.network], fit.source, 20, "bfloat16")
+    assert {*kinds} == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in fit.network.parameters())
     means = fit.epoch_means()
     assert 0 < means["term"] < 0.01 * math.log(2) / 5

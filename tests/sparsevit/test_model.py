@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared.errors import CheckpointError, ConfigError
@@ -19,6 +20,8 @@ from sparsevit.model import (
     size_from_dict,
     uniform_size,
 )  # fmt: skip
+from sparsevit.problem import load_problem
+from sparsevit.start import empty_network
 
 
 @pytest.mark.parametrize(
@@ -47,6 +50,18 @@ def test_closed_forms_hold_for_every_named_network(arch, layer_scale):
 def test_s0_is_the_papers_small_setting():
     assert count_parameters(arch_size("s0", 28, 1, 10)) == 205_066
     assert arch_size("s0", 28, 1, 10).tokens == 17
+
+
+def test_dropout_is_where_the_papers_network_has_it(lab, monkeypatch, tiny):
+    """After the positions, after attention, after GELU and after the MLP; what is observed is before it."""
+    network, seen = build(lab.small_size(), 0, dropout=0.5).train(), []
+    block, original = network.layers[0], functional.dropout
+    monkeypatch.setattr("sparsevit.model.functional.dropout", lambda x, p: seen.append((x, p)) or original(x, p))
+    _, found = network.observe(lab.images())
+    assert [(x.shape[-1], p) for x, p in seen] == [(12, 0.5), *[(12, 0.5), (20, 0.5), (12, 0.5)] * 2]
+    assert torch.equal(found[0]["hidden"], functional.gelu(block.fc1(found[0]["mlp_in"])))
+    config = tiny("none")
+    assert empty_network(config, load_problem(config.data, torch.device("cpu")), torch.device("cpu")).dropout == 0.1
 
 
 @pytest.mark.parametrize("seed", range(4))

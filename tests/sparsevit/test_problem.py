@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from shared import data
 from shared.config import parse
 from shared.errors import ConfigError, DataError
 from shared.gpu import stream
@@ -113,6 +114,9 @@ def test_part_of_a_set_has_the_first_images_of_each_class():
     problem = load_problem(data_config(train_images=100, test_images=50, val_images=20), CPU)
     assert (len(problem.train), len(problem.val), len(problem.test)) == (80, 20, 50)
     assert torch.bincount(problem.test.labels).tolist() == [5] * 10
+    whole = data.load("sample", "test")
+    rows = torch.cat([(whole.labels == c).nonzero()[:5, 0] for c in range(10)]).sort().values
+    assert torch.equal(problem.test.images, whole.images[rows])
     assert torch.bincount(problem.train.labels).tolist() == [8] * 10
     assert problem.facts()["val_images"] == 20
     for count, message in ((55, "are not the same number"), (11_000 * 10, "are asked for")):

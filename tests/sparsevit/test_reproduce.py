@@ -1,5 +1,6 @@
 """The study's plan, claims and pictures; the configurations' promises."""
 
+import csv
 import json
 import math
 
@@ -10,8 +11,9 @@ from shared.claims import Comparison, Fact, judge
 from shared.cli import find_config
 from shared.config import load
 from shared.study import Outcome
+from sparsevit.choose import GRID, chosen, read_line
 from sparsevit.claims import MEANS, all_claims
-from sparsevit.config import METHODS, Config
+from sparsevit.config import METHODS, AuthorsRecipe, Config
 from sparsevit.eval import derived
 from sparsevit.plots import draw
 from sparsevit.prune import groups_of
@@ -203,3 +205,22 @@ def test_the_two_arms_of_a_data_set_differ_in_nothing_but_the_penalty(repository
         arms = [yaml.safe_load((folder / f"{data}_authors{end}.yaml").read_text()) for end in ("", "_without")]
         assert [arm.pop("method") for arm in arms] == ["paper", "none"]
         assert arms[0] == arms[1]
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100", "imagenet100"])
+def test_the_published_protocol_has_the_papers_settings(data):
+    config = load(find_config(f"{data}_authors", "sparsevit"), Config)
+    assert (config.epochs, config.batch_size, config.data.image_size, config.precision) == (20, 16, 384, "float32")
+    assert (config.model.arch, config.model.dropout, config.prune.set) == ("vit_b16", 0.1, "authors")
+    assert config.recipe == AuthorsRecipe(name="authors", lr=1e-3, weight_decay=1e-4, warmup_steps=500)
+    assert (config.recipe.high_momentum, config.recipe.low_momentum) == (0.95, 0.85)
+    assert config.data.mean == config.data.std == (0.5, 0.5, 0.5)
+    assert (config.coefficients.paper, config.coefficients.scope, config.prune.recover) == (0.01, "last", None)
+
+
+def test_the_arms_of_mini_have_the_coefficients_that_the_choice_on_held_out_images_gave(repository):
+    with open(repository / "results" / "sparsevit" / "mini_choice" / "choice.csv", newline="") as file:
+        picked = chosen([read_line(line) for line in csv.DictReader(file)])
+    coefficients = load(find_config("mini", "sparsevit"), Config).coefficients
+    assert picked == {arm: getattr(coefficients, arm) for arm in GRID}
+    assert min(PLANS[scale].seeds for scale in ("mini", "paper")) >= 5

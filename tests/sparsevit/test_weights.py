@@ -89,6 +89,27 @@ def test_files_that_big_vision_wrote_are_read_too(lab, tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
 
 
+def test_the_names_of_other_libraries_are_theirs():
+    """Written down from their own code: a table that is wrong both ways would read what it wrote itself."""
+    values = torch.zeros(12)
+    for theirs, ours in {
+        "layernorm_before": "norm1", "layernorm_after": "norm2", "attention.attention.query": "attn.q",
+        "attention.attention.key": "attn.k", "attention.attention.value": "attn.v",
+        "attention.output.dense": "attn.out", "intermediate.dense": "fc1", "output.dense": "fc2",
+    }.items():  # fmt: skip
+        found = weights.from_huggingface({f"vit.encoder.layer.1.{theirs}.bias": values})
+        assert list(found) == [f"blocks.1.{ours}.bias"]
+    for theirs, ours in {
+        "LayerNorm_0/scale": "norm1.weight", "LayerNorm_2/bias": "norm2.bias", "LayerNorm_1/scale": "norm2.weight",
+        "MlpBlock_3/Dense_0/bias": "fc1.bias", "MlpBlock_0/Dense_1/bias": "fc2.bias",
+        "MultiHeadDotProductAttention_1/query/bias": "attn.q.bias",
+        "MultiHeadDotProductAttention_0/key/bias": "attn.k.bias",
+        "MultiHeadDotProductAttention_0/value/bias": "attn.v.bias",
+    }.items():  # fmt: skip
+        found = weights.from_google({f"Transformer/encoderblock_0/{theirs}": values.view(3, 4).numpy()})
+        assert list(found) == [f"blocks.0.{ours}"]
+
+
 @pytest.mark.parametrize("swap", [(0, 1), (0, 2), (1, 2)])
 def test_swapping_thirds_of_the_fused_matrix_changes_the_logits(lab, tmp_path, swap):
     state = weights.to_timm(own_state(lab))
@@ -211,6 +232,8 @@ def test_positions_are_resized_around_the_class_token(how):
     bent = resize_positions(torch.cat([torch.zeros(1, 1, 3), slope], 1), 197, how)[0, 1:, 0].view(14, 14)
     assert bool((bent.diff(dim=0) > 0).all()), "rows stay rows"
     assert float(bent.diff(dim=1).abs().max()) < 1e-4
+    if how == "bilinear":  # the corners are not aligned: each new row is read at its own middle
+        assert torch.allclose(bent[:, 0], (torch.arange(14) + 0.5) * 24 / 14 - 0.5, atol=1e-4)
 
 
 def test_antialiasing_matters_when_shrinking_and_no_resize_is_silent(lab, tmp_path):
