@@ -91,6 +91,7 @@ def test_creff_retrains_a_copy_of_the_classifier_by_gradient_steps_on_all_featur
 def test_creffs_server_averages_over_the_clients_that_have_a_class(lab):
     config, problem = lab.configure(CREFF), lab.problem()
     server = lab.server(config, problem)
+    server.state["classifier.weight"].add_(torch.randn_like(server.state["classifier.weight"]))  # not the one in use
     messages = []
     for client in problem.clients:
         load_client(server, client.index)

@@ -220,6 +220,9 @@ def test_frame_as_a_buffer_survives_state_dict_and_training_to_the_bit():
 def test_row_length_of_the_frame_changes_gradients_but_no_prediction():
     frame = sparse_etf(64, 10, 0.6, 1.0, seed=0)
     features = gaussian(50, 64).relu()
+    short = sparse_etf(64, 10, 0.6, 0.125, seed=0)
+    torch.testing.assert_close(short, 0.125 * frame, atol=0.02, rtol=0)
+    assert ((features @ short.T).argmax(dim=1) == (features @ frame.T).argmax(dim=1)).float().mean() > 0.95
     gradients = []
     for norm in (1.0, 0.125):  # a power of two scales without rounding
         h = features.clone().requires_grad_()

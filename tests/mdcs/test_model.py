@@ -82,6 +82,26 @@ def test_shortcut_has_no_parameters_and_is_added_before_the_last_relu():
     assert torch.equal(same.shortcut(x), x)
 
 
+def test_a_block_is_its_definition_with_a_relu_between_the_convolutions():
+    block, x = BasicBlock(16, 24, 2).eval(), normal(2, 16, 8, 8)
+    with torch.no_grad():
+        for norm in (block.bn1, block.bn2):
+            norm.running_mean.normal_()
+            norm.weight.uniform_(0.5, 2)
+        y = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu()))
+        torch.testing.assert_close(block(x), (y + block.shortcut(x)).relu())
+
+
+def test_the_stem_of_a_small_network_has_a_relu_before_its_stages():
+    trunk = build_model(SMALL, seed=0).trunk.eval()
+    x = normal(2, SMALL.in_channels, 16, 16)
+    seen = []
+    trunk.layer1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    with torch.no_grad():
+        trunk(x)
+        torch.testing.assert_close(seen[0], trunk.bn1(trunk.conv1(x)).relu())
+
+
 def test_cosine_logits_are_at_most_30_and_blind_to_the_length_of_features_and_class_vectors():
     model = build_model(SMALL, seed=0)
     head, features = model.heads[0], normal(6, 12)

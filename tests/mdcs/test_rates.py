@@ -64,6 +64,47 @@ def test_the_learning_rates_of_every_epoch_are_those_of_the_table(name):
     assert found == pytest.approx(wanted, rel=1e-12)
 
 
+CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+INATURALIST = ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192))
+# Pairs a batch (single images for one view), weight decay, the backbone's own rate, mean and deviation of the pixels.
+SETTINGS = {
+    **{f"{name}_lt_if{factor}": (64, 5e-4, None, *CIFAR, 400)
+       for name in ("cifar10", "cifar100") for factor in (10, 50, 100, 200)},
+    "cifar100_lt_if100_200_epochs": (64, 5e-4, None, *CIFAR, 200),
+    "cifar100_lt_if100_baselines": (128, 5e-4, None, *CIFAR, 200),
+    "cifar100_lt_if100_ncl": (64, 2e-4, None, *CIFAR, 400),
+    "cifar100_lt_if100_ride": (128, 5e-4, None, *CIFAR, 200),
+    **{f"imagenet_lt_{net}_{epochs}": (256, 5e-4, None, *IMAGENET, epochs)
+       for net in ("resnet50", "resnext50") for epochs in (180, 400)},
+    "inaturalist18_100": (512, 2e-4, None, *INATURALIST, 100),
+    "inaturalist18_400": (512, 2e-4, None, *INATURALIST, 400),
+    "places_lt": (64, 4e-4, 0.001, *IMAGENET, 30),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_configurations_have_the_papers_settings(name):
+    config = shipped(name)
+    optimizer = config.optimizer
+    found = (config.batch_size, optimizer.weight_decay, optimizer.backbone_lr, config.data.mean, config.data.std)
+    assert (*found, config.epochs) == SETTINGS[name]
+    assert (optimizer.momentum, optimizer.nesterov) == (0.9, True)
+    if "_if" in name:
+        data, _, factor = name.split("_")[:3]
+        assert (config.data.name, config.data.imbalance_factor) == (data, int(factor[2:]))
+    if config.method.name == "mdcs":
+        method = config.method
+        assert (method.lambdas, method.alpha, method.ramp_epochs, method.temperature) == (
+            (-0.5, 1.0, 2.5),
+            0.6,
+            20,
+            1.0,
+        )
+    if name.startswith("cifar") and config.epochs == 400 and config.method.name == "mdcs":
+        assert config.schedule.milestones == (200, 320, 380)
+
+
 @pytest.mark.parametrize("name", ["imagenet_lt_resnet50_180", "imagenet_lt_resnext50_180"])
 def test_the_cosine_falls_from_the_full_rate_almost_to_zero(name):
     config = shipped(name)

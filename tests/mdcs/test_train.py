@@ -1,5 +1,6 @@
 """Training: what a step sees, what a run learns, and what is counted."""
 
+import math
 from typing import Any
 
 import pytest
@@ -135,6 +136,12 @@ def test_networks_of_the_same_shape_start_from_the_same_weights_whatever_the_met
 
 
 # What is counted
+
+
+def test_logits_are_adjusted_by_the_logarithm_of_the_training_images(mdcs_config):
+    problem = synthetic()
+    found = start(mdcs_config("mdcs"), problem, CPU).log_counts
+    assert found.tolist() == pytest.approx([math.log(count) for count in problem.class_counts])
 
 
 def training_of(log_counts: list[float], experts: int = 2) -> Training:
