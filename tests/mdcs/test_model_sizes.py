@@ -1,13 +1,16 @@
 """Multi-expert networks: parameters, costs and shapes of the paper's."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
-from mdcs.model import (
-    Architecture,
-    build_model,
-)
+from mdcs.algorithm import architecture, build_method
+from mdcs.config import Config
+from mdcs.model import Architecture, build_model
+from shared.cli import REPOSITORY
+from shared.config import load
 
 # architecture -> parameters, 10^9 multiply-accumulates an image, D
 NETWORKS = [
@@ -97,3 +100,27 @@ def test_resnext_has_32_groups_and_inner_widths_of_384_and_768():
         assert [b.conv2.stride for b in stage] == [(2, 2)] + [(1, 1)] * (len(stage) - 1)
         assert stage[0].conv1.stride == (1, 1)
         assert stage[0].downsample[0].stride == (2, 2)
+
+
+COUNTS = {"cifar10": 10, "cifar100": 100, "imagenet_lt": 1000, "places_lt": 365, "inaturalist18": 8142, "sample": 10}
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "mdcs" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_builds_its_network_and_its_loss_has_a_gradient(path, monkeypatch):
+    """Two images, twice where the method wants both views; the network as shapes alone, the loss on random logits."""
+    config = load(path, Config)
+    classes, channels, images = COUNTS[config.data.name], len(config.data.mean), 4 if config.views == "both" else 2
+    side = config.data.image_size or (32 if config.data.name.startswith("cifar") else 224)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows no meta device
+    with torch.device("meta"):
+        model = build_model(architecture(config, classes, channels), 0)
+        shapes = model(torch.zeros(images, channels, side, side))
+    assert shapes.shape == (images, config.experts, classes)
+    shapes.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters()), "every part is trained"
+    method = build_method(config, [500 // (c + 1) + 1 for c in range(classes)], torch.device("cpu"))
+    logits = torch.randn(shapes.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for epoch in (1, config.epochs):
+        (gradient,) = torch.autograd.grad(method.loss(logits, torch.tensor([0, 1]), epoch), logits)
+        assert gradient.isfinite().all()
+        assert gradient.abs().amax(2).amin() > 0, "every expert learns from every image"
