@@ -1,6 +1,7 @@
 """`make reproduce`: all studies, whatever becomes of one of them."""
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -146,3 +147,21 @@ def test_what_ends_it_lets_the_study_save_and_the_same_command_finishes(tmp_path
     assert "FedLoGe: " in done.stdout
     assert "0 not reproduced" in done.stdout
     assert json.loads((tmp_path / "fedloge" / "progress.json").read_text())["text"]
+
+
+def test_on_a_terminal_each_paper_has_a_bar_that_says_how_far_it_is_and_how_it_ended(monkeypatch, capsys):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    display = script.Display(["mdcs", "lightcnn"])
+    with display.bar:
+        display.show("mdcs", 0.5, "about 20 s left")
+        display.bar.refresh()
+        display.end("mdcs", script.Ending(0, 41.0, "", ()), Path("log"))
+        display.end("lightcnn", script.Ending(2, 3.0, "no data", ()), Path("runs/log"))
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    for told in ("MDCS", "about 20 s left", "41 s", "LightCNN", "failed after 3 s: no data (runs/log)"):
+        assert told in drawn
+    assert capsys.readouterr().out == "", "what a pipe is told is not told twice"
