@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lightcnn import feed, training
+from lightcnn import feed, fused, training
 from lightcnn.algorithm import plan
 from lightcnn.baselines import BnGap, ImageShape
 from lightcnn.budget import LayoutNet, Recipe, recipe_losses, teacher_logits
@@ -141,15 +141,38 @@ def test_a_teacher_of_other_images_is_refused_and_a_right_one_gives_its_logits(t
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     taught = load(find_config("budget_smoke", "lightcnn"), Config, [data, f"method.teacher={folder}", "seeds=2"])
     state = training.begin(plan(taught, problem)[0], {}, problem_of(taught), taught)
+    assert state.step.recipe == Recipe(0.005, 0.0, folder, 0.9, 2.0)
+    assert state.step.phase.patience == 0
+    group = state.optimizer.param_groups[0]
+    assert (group["momentum"], group["nesterov"]) == (0.9, True)
     state_batch = next(iter(feed.batches(state, problem_of(taught))))
     order = feed.orders(state)[:, : state_batch.soft.shape[1]]
     assert len({tuple(row) for row in order.tolist()}) == 2, "each seed has an order of its own"
     assert torch.equal(state_batch.soft, state.soft[order])
     torch.testing.assert_close(state.soft, wanted, atol=1e-4, rtol=1e-4)
     assert torch.equal(state_batch.labels, problem.labels[order])
+    unflipped = load(find_config("budget_smoke", "lightcnn"), Config, [data, "method.flip=false"])
+    with torch.no_grad():
+        torch.testing.assert_close(teacher_logits(recipe, problem, unflipped), network(images), atol=1e-4, rtol=1e-4)
+    losses = taught_losses(state, problem, taught)
+    training.train_epoch(state, problem_of(taught), taught)
+    torch.testing.assert_close(state.loss_sums / state_batch.labels.shape[1], losses, atol=1e-4, rtol=1e-4)
     other = config_of("data={name: sample, val_images: 20, val_from: each_class, train_images: 50}")
     with pytest.raises(RunError, match="not trained on this run's images"):
         teacher_logits(recipe, problem_of(other), other)
+
+
+def taught_losses(state, problem, config):
+    """0.1 times cross-entropy and 0.9 times 2^2 times that to the teacher's softened probabilities, in one batch."""
+    batch, found = next(feed.batches(state, problem)), []
+    assert batch.labels.shape[1] == len(state.lanes[0].train), "one batch an epoch"
+    for row, images in enumerate(batch.inputs):
+        weights = {name: tensor.clone() for name, tensor in fused.unstack(state.weights, row).items()}
+        logits = state.step.network.to_module(weights).train()(images).detach()
+        soft = (batch.soft[row] / 2).softmax(1)
+        taught = -(soft * (logits / 2).log_softmax(1)).sum(1).mean()
+        found.append(0.1 * functional.cross_entropy(logits, batch.labels[row]) + 0.9 * 4 * taught)
+    return torch.stack(found)
 
 
 @pytest.mark.parametrize("kfold", ["honest", "notebook"])

@@ -1,17 +1,19 @@
 """The study's plan: which runs, under which settings, and what may be published."""
 
+import math
 from argparse import Namespace
 
 import pytest
 
 from lightcnn.algorithm import METHODS, VARIANTS, nominal_epochs, plan, settings_of
 from lightcnn.baselines import BASELINES
-from lightcnn.claims import all_claims
+from lightcnn.claims import all_claims, peer_claims
 from lightcnn.config import Config
-from lightcnn.reproduce import CORE, PEERS, PLANS, Slice, chosen_slices, jobs_of, main, unequal_epochs
+from lightcnn.reproduce import CORE, PEERS, PLANS, Slice, chosen_slices, jobs_of, main, study_rows, unequal_epochs
 from shared.claims import Comparison
 from shared.cli import find_config
 from shared.config import load
+from shared.report import figures_of, read_rows
 
 
 def test_the_jobs_of_a_study_have_folders_of_their_own_and_commands_that_load(tmp_path):
@@ -93,6 +95,53 @@ def test_the_claims_are_told_apart_and_the_accuracies_are_those_of_the_abstract(
         assert claims[0].paper == shown
         assert claims[0].right == float(shown[:2]) / 100 - 0.005
     assert all_claims("sample", 1)[0].paper != "89 %"
+
+
+def test_plain_training_has_as_many_epochs_as_the_published_two_stages_took(repository):
+    """The mean over seeds, rounded up; the plan states it, for a study cannot know before it has run."""
+    for part in PLANS["paper"]:
+        path = repository / "results" / "lightcnn" / part.config / "results.csv"
+        if part.epochs is not None:
+            taken = figures_of(read_rows(path), "final")["two_stage/epochs.run"].values()
+            assert part.epochs == math.ceil(sum(taken) / len(taken))
+
+
+def test_the_small_modern_network_is_asked_to_be_better_than_the_larger_ones():
+    claims = peer_claims(["squeezenet", "shufflenet_v2"])
+    wanted = [("bn_gap/accuracy", f"{name}/accuracy") for name in ("squeezenet", "shufflenet_v2")]
+    assert [(claim.left, claim.right) for claim in claims] == wanted
+
+
+def test_the_study_counts_the_parameters_of_both_networks():
+    found = study_rows("mini", {"device": "CPU", "precision": "float32", "commit": "c"}, "python -m x")
+    assert {row.metric: row.value for row in found} == {"parameters.mnist": 14_862, "parameters.cifar10": 19_622}
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
+def test_the_configurations_have_the_papers_settings(name):
+    config = load(find_config(name, "lightcnn"), Config)
+    assert (config.data.name, config.data.val_images, config.data.val_from) == (name, 10_000, "first")
+    assert (config.data.train_images, config.data.test_images) == (None, None)
+    assert (config.stage1.epochs, config.stage1.patience, config.stage2.max_epochs) == (20, 5, None)
+    assert (config.plain.epochs, config.plain.patience, config.plain.batch_size) == (50, 10, 128)
+    augment = config.augment
+    assert (augment.warp, augment.rotation, augment.zoom, augment.shift) == ("sequential", 0.1, 0.2, 0.2)
+    assert (augment.brightness, augment.flip) == (0.0, False)
+    assert (config.batch_size, config.seeds, config.seed, config.precision) == (32, 5, 0, "float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "epochs", "shift", "flip", "rotation", "zoom"),
+    [("budget_mnist", "c16 s32 P s40 s40 s40 P s56 s56", 18, 2, False, 0.028, 0.1),
+     ("budget_fashion_mnist", "c16 s32 P s40 s40 s40 P s56 s56", 30, 2, True, 0.0, 0.0),
+     ("budget_cifar10", "c16 s32 s32 P s48 s48 s48 P s64 s64", 36, 3, True, 0.0, 0.0)],
+)  # fmt: skip
+def test_the_budget_recipes_are_those_that_were_published(name, layout, epochs, shift, flip, rotation, zoom):
+    method = load(find_config(name, "lightcnn"), Config).method
+    assert (method.layout, method.epochs, method.shift, method.flip) == (layout, epochs, shift, flip)
+    assert (method.rotation, method.zoom, method.batch_size, method.peak_lr) == (rotation, zoom, 128, 0.2)
+    assert (method.decay, method.label_smoothing, method.optimizer) == (0.005, 0.0, "one_cycle")
+    assert (method.teacher_share, method.temperature) == (0.9, 2.0)
 
 
 def test_a_variant_differs_in_what_it_says(config_of):

@@ -134,7 +134,7 @@ def test_stage_2_goes_on_from_what_early_stopping_keeps_not_from_the_last_epoch(
     config = config_of("seeds=1", "stage2.max_epochs=3")
     problem = problem_of(config)
     points, *_ = run_phases(config, problem, 1)
-    step = plan(config, problem)[1]
+    step = replace(plan(config, problem)[1], best_point="best_epoch")
     state = training.begin(step, points, problem, config)
     history, scripted = [], iter([0.5, 0.6, 0.6005])
     while not state.done:
@@ -145,6 +145,7 @@ def test_stage_2_goes_on_from_what_early_stopping_keeps_not_from_the_last_epoch(
     assert largest_difference(found[CARRY], history[1]) == 0
     assert largest_difference(found["P1"], history[1]) == 0, "and that is what the phase reports"
     assert largest_difference(state.best, history[2]) == 0
+    assert largest_difference(found["best_epoch"], history[2]) == 0
 
 
 def test_orders_and_draws_are_permutations_of_each_seeds_own(config_of, problem_of):
