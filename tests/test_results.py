@@ -120,6 +120,19 @@ def test_a_figure_of_one_seed_only_is_named_but_not_one_that_is_calculated(resul
     assert check.seed_problems([*lines, extra | {"seconds": "0.0"}]) == []
 
 
+def test_counts_are_whole_and_differences_of_shares_at_most_1():
+    wrong = {"parameters": "12.5", "bytes.weights": "-1", "ensemble.drop": "1.2", "accuracy": "1.1"}
+    right = {"parameters": "12", "bytes.weights": "0", "ensemble.drop": "-0.2", "accuracy": "1.0", "speed.masked": "2"}
+    assert all(csv_schema.value_problem({"metric": metric, "value": value}) for metric, value in wrong.items())
+    assert not any(csv_schema.value_problem({"metric": metric, "value": value}) for metric, value in right.items())
+
+
+def test_a_study_of_two_configurations_is_named(results):
+    path = results / STUDY / "results.csv"
+    both = [*csv_schema.read_lines(path)[1], *csv_schema.read_lines(REPOSITORY / "results/mdcs/mini/results.csv")[1]]
+    assert any("holds several configurations" in problem for problem in check.row_problems(path, both))
+
+
 def test_two_methods_may_not_have_one_command(results):
     lines = csv_schema.read_lines(results / STUDY / "results.csv")[1]
     (problem,) = check.duplicate_problems([*lines, lines[0] | {"method": "other"}])

@@ -116,6 +116,27 @@ def test_what_may_not_be_published_is_refused_and_the_report_stays(studies, caps
     assert int(said.split()[0]) < studies.jobs
 
 
+def test_a_study_with_a_failed_run_reports_the_others_and_ends_with_1(studies):
+    studies.fails = lambda job: "-s0" in job.name and job.group != "two_stage"
+    assert studies.main() == 1
+    assert studies.reports() == {"report-one"}
+
+
+def test_another_study_of_a_configuration_is_published_beside_the_main_one(tmp_path, monkeypatch):
+    studies = Studies("mdcs", tmp_path, monkeypatch)
+    assert studies.main("--study", "distillation", "--publish") == 0
+    assert studies.published() == {"one_distillation"}
+
+
+def test_a_choice_of_coefficients_is_published_beside_the_study_it_is_for(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("sparsevit.choose.choose", lambda *given: (tmp_path, []))
+    monkeypatch.setattr("sparsevit.reproduce.publish", lambda *given, **more: seen.append(given[1:3]))
+    arguments = ["--scale", "mini", "--study", "choose", "--publish", "--out", str(tmp_path)]
+    assert importlib.import_module("sparsevit.reproduce").main(arguments) == 0
+    assert seen == [("sparsevit", "mini_choice")]
+
+
 def test_a_configuration_without_a_finished_run_does_not_stop_the_next(studies, capsys):
     studies.use("absent", "there")
     studies.fails = lambda job: job.name.startswith("absent-")

@@ -1,12 +1,13 @@
 """Whole runs on a data set of list files, and what ends them in one line."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
 
 from mdcs import eval as evaluation
-from mdcs import train
+from mdcs import export, train
 from tests.mdcs.listed_data import LISTS, lose, make_folder
 
 # --- from end to end --------------------------------------------------------------------------------------------------
@@ -46,6 +47,11 @@ def test_a_run_on_image_files_trains_all_its_images_and_is_evaluated(run):
     assert 0 <= values["ensemble.accuracy"] <= 1
     assert values["ensemble.many"] is values["ensemble.medium"] is None
     assert values["ensemble.few"] is not None
+
+
+def test_the_exported_network_wants_pictures_prepared_as_its_test_images_were(run):
+    taken = export.take(Namespace(run=run, expert=None))
+    assert taken.description()["preparation"] == {"centre": 0.875, "resample": "bilinear"}
 
 
 def test_the_command_for_evaluation_recomputes_the_figures_of_a_run_on_image_files(run, capsys):

@@ -1,5 +1,6 @@
 """Picture files of any size and mode become what a network takes; what is no picture is refused in one line."""
 
+import json
 import struct
 
 import numpy as np
@@ -88,6 +89,39 @@ def test_the_middle_of_a_wide_picture_is_taken_and_shrunk_by_means_as_in_trainin
     found = read_image(saved(tmp_path, Image.fromarray(wide)), 1, 4, {"centre": 1.0, "resample": "box"})
     means = torch.nn.functional.avg_pool2d(torch.from_numpy(GREY)[None].float(), 2)
     assert (found.float() - means).abs().max() <= 0.5
+
+
+def test_the_middle_is_cut_out_and_what_is_small_is_enlarged_without_squares(tmp_path):
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    path = saved(tmp_path, Image.fromarray(values))
+    cut = read_image(path, 1, 14, {"centre": 0.875, "resample": "bilinear"})
+    assert cut[0].equal(torch.from_numpy(values[1:15, 1:15]))
+    large = np.array(Image.fromarray(values).resize((32, 32), Image.Resampling.BILINEAR))
+    for resample in ("bilinear", "box"):
+        assert np.array_equal(read_image(path, 1, 32, {"centre": 1.0, "resample": resample})[0], large)
+
+
+@pytest.mark.parametrize("value", [-1, 70_000])
+def test_whole_numbers_beyond_16_bits_have_no_known_range(tmp_path, value):
+    path = saved(tmp_path, Image.fromarray(np.full((8, 8), value, np.int32)), "picture.tiff")
+    with pytest.raises(DataError, match="known range"):
+        read_image(path, 1, 8, AS_IT_IS)
+
+
+def test_16_bits_are_rounded_to_8(tmp_path):
+    path = saved(tmp_path, Image.fromarray(np.full((8, 8), 400, np.uint16)))
+    assert read_image(path, 1, 8, AS_IT_IS).eq(2).all()
+
+
+def test_the_most_probable_class_is_named_first_and_each_by_its_own_name(capsys):
+    probabilities = torch.tensor([[0.1, 0.6, 0.05, 0.25]])
+    predict.show(["a"], probabilities, list("wxyz"), True)
+    assert list(json.loads(capsys.readouterr().out)["a"].items()) == [
+        ("x", pytest.approx(0.6)), ("z", pytest.approx(0.25)), ("w", pytest.approx(0.1)), ("y", pytest.approx(0.05)),
+    ]  # fmt: skip
+    predict.show(["a"], probabilities, list("wxyz"), False)
+    table = capsys.readouterr().out
+    assert table.index("60.0 %") < table.index("25.0 %")
 
 
 def test_what_is_no_picture_is_refused_in_one_line(tmp_path):

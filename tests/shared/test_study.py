@@ -13,7 +13,7 @@ from shared import study
 from shared.checkpoint import load_state
 from shared.errors import ConfigError
 from shared.run import folder_name, read_results
-from shared.study import HOPELESS, Job, Outcome, choose_scale, forecast, log_of, progress_of, run_jobs
+from shared.study import HOPELESS, Job, Outcome, choose_scale, forecast, hopeless, log_of, progress_of, run_jobs
 
 
 def job(name: str, group: str = "a", folder: Path = Path("/nowhere"), arguments: tuple[str, ...] = ()) -> Job:
@@ -204,6 +204,23 @@ def test_a_forecast_uses_the_progress_of_what_is_running(tmp_path):
     other = job("2", folder=tmp_path)
     assert forecast([item, other], {}, [running(item, 10)], [], 1) == pytest.approx(30, abs=1)
     assert forecast([item, other], {}, [running(item, 10)], [other], 1) == pytest.approx(70, abs=2)
+
+
+def test_only_mistakes_of_the_user_make_the_rest_hopeless():
+    for code, wanted in ((2, True), (1, False), (130, False), (0, False)):
+        assert hopeless([Outcome(code, 0.1, "no data (a.log)"), *[Outcome(code, 0.1, "no data (b.log)")] * 2]) is wanted
+    assert not hopeless([Outcome(2, 0.1, "no data (a.log)")] * 2)
+    assert not hopeless([*[Outcome(2, 0.1, "no data (a.log)")] * 2, Outcome(2, 0.1, "another (c.log)")])
+
+
+@pytest.mark.parametrize(("on_gpu", "workers"), [(True, 1), (False, 3)])
+def test_runs_on_a_gpu_go_one_at_a_time(broken_module, tmp_path, monkeypatch, on_gpu, workers):
+    seen = set()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(study, "forecast", lambda *given: seen.add(given[-1]))
+    run_jobs(broken_module, [Job("a", 0, tmp_path / str(number), (), "auto") for number in range(3)])
+    assert seen == {workers}
 
 
 @pytest.mark.parametrize("workers", [-1, -8])

@@ -7,7 +7,17 @@ import torch
 
 from shared.claims import Comparison, judge
 from sparsevit.claims import STATISTIC, all_claims
-from sparsevit.study import cautions, floor_arms, paired_figures, paired_table, two_runs, verdict
+from sparsevit.latency import Timing
+from sparsevit.study import (
+    TIMED_BATCHES,
+    cautions,
+    floor_arms,
+    paired_figures,
+    paired_table,
+    study_figures,
+    two_runs,
+    verdict,
+)
 
 
 def figures_of(metric=STATISTIC, **arms):
@@ -25,6 +35,16 @@ def shifted(*points):
 def study(paper, **controls):
     values = figures_of(none=BASE, paper=shifted(*paper), **{arm: shifted(*p) for arm, p in controls.items()})
     return values | {f"study/{name}": found for name, found in paired_figures(values).items()}
+
+
+def test_each_speed_is_of_its_own_network_at_the_largest_batch():
+    names = {"50 % zeros, masked": 1.1, "50 % neurons removed": 1.3, "50 % heads removed": 1.2,
+             "50 % neurons and heads removed": 1.7}  # fmt: skip
+    timings = [Timing(name, batch, 1, 1, 0.1, 0.1, 0.1, speed + (batch == 1), 1.0)
+               for batch in TIMED_BATCHES for name, speed in names.items()]  # fmt: skip
+    found = study_figures([], {}, {"a": timings})
+    speeds = [found[f"speed.{name}", 0] for name in ("masked", "neurons", "heads", "neurons_heads")]
+    assert speeds == list(names.values())
 
 
 def test_the_floor_of_a_seed_is_the_largest_change_by_a_control():
