@@ -166,6 +166,9 @@ def test_only_onnx_may_differ_by_a_share_of_a_large_logit_and_says_so(toy, tmp_p
     assert check(toy, tmp_path, "onnx", build)
     assert "of the largest logit, 10" in capsys.readouterr().out
     assert not check(toy, tmp_path, "pt2", build)
+    for name, more in (("onnx", 2e-3), ("pt2", 2e-5)):
+        monkeypatch.setattr(export, "load", lambda *_, more=more: lambda images: toy.whole(images) + more)
+        assert not check(toy, tmp_path, name, build)
     monkeypatch.setattr(export, "load", lambda *_: lambda images: toy.whole(images) * float("nan"))
     assert not check(toy, tmp_path, "onnx", build)
 
