@@ -1,6 +1,7 @@
 """Multi-expert networks: parameters, costs and shapes of the paper's."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -105,21 +106,28 @@ def test_resnext_has_32_groups_and_inner_widths_of_384_and_768():
 COUNTS = {"cifar10": 10, "cifar100": 100, "imagenet_lt": 1000, "places_lt": 365, "inaturalist18": 8142, "sample": 10}
 
 
+@functools.cache  # many files have one network
+def shape_of_logits(network: Architecture, images: int, side: int) -> torch.Size:
+    """Build the network as shapes alone, run it forwards and back; every part of it must get a gradient."""
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+        patch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows no meta device
+        model = build_model(network, 0)
+        logits = model(torch.zeros(images, network.in_channels, side, side))
+        logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters()), "every part is trained"
+    return logits.shape
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "mdcs" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_configuration_builds_its_network_and_its_loss_has_a_gradient(path, monkeypatch):
-    """Two images, twice where the method wants both views; the network as shapes alone, the loss on random logits."""
+def test_every_shipped_configuration_builds_its_network_and_its_loss_has_a_gradient(path):
+    """Two images, twice where the method wants both views; the loss on random logits of the network's shape."""
     config = load(path, Config)
     classes, channels, images = COUNTS[config.data.name], len(config.data.mean), 4 if config.views == "both" else 2
     side = config.data.image_size or (32 if config.data.name.startswith("cifar") else 224)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows no meta device
-    with torch.device("meta"):
-        model = build_model(architecture(config, classes, channels), 0)
-        shapes = model(torch.zeros(images, channels, side, side))
-    assert shapes.shape == (images, config.experts, classes)
-    shapes.sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters()), "every part is trained"
+    shape = shape_of_logits(architecture(config, classes, channels), images, side)
+    assert shape == (images, config.experts, classes)
     method = build_method(config, [500 // (c + 1) + 1 for c in range(classes)], torch.device("cpu"))
-    logits = torch.randn(shapes.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
     for epoch in (1, config.epochs):
         (gradient,) = torch.autograd.grad(method.loss(logits, torch.tensor([0, 1]), epoch), logits)
         assert gradient.isfinite().all()
