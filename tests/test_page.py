@@ -214,19 +214,6 @@ def test_what_a_readme_or_a_table_says_cannot_break_the_page(small):
     assert "6 < 4 | 0" in found.text
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "said"),
-    [("results.csv", "paper,config", "paper,name", "columns"), ("results.csv", ",generic.accuracy,0", ",x,y0", "value"),
-     ("claims.md", "| verdict |", "| verdict | more |", "a row has 6 cells, the head 7")],
-)  # fmt: skip
-def test_a_published_file_that_was_edited_by_hand_is_one_line(small, file, old, new, said):
-    path = small / "results" / "fedloge" / "mini" / file
-    assert old in path.read_text()
-    path.write_text(path.read_text().replace(old, new, 1))
-    with pytest.raises(DataError, match=re.escape(said)):
-        report.build(small)
-
-
 def test_no_results_at_all_still_make_a_page(small):
     shutil.rmtree(small / "results")
     found = read(report.build(small))
@@ -361,16 +348,3 @@ def test_papers_with_results_come_first_in_the_order_of_the_readme(small):
     assert [x["id"] for tag, x in read(report.build(small)).tags if tag == "section" and x.get("class") == "paper"] == [
         "mdcs", "fedloge", "lightcnn", "sparsevit",
     ]  # fmt: skip
-
-
-def test_a_plots_words_are_those_of_its_own_study():
-    readme = "![a, MNIST](../results/x/one/plots/ladder.png)\n![b](../results/x/two/plots/ladder.png)\n"
-    titles = parts.image_titles(readme)
-    assert titles == {"one/ladder": "a, MNIST", "two/ladder": "b"}
-    own = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-    title = rf'<title id="lightcnn-(?:budget-)?({"|".join(own)})-[a-z_-]+-title">([^<]*)<'
-    found = re.findall(title, PAGE.read_text("utf-8"))
-    assert {study for study, _ in found} == set(own)
-    for study, title in found:
-        for other in set(own) - {study}:
-            assert not re.search(rf"(?<![\w-]){own[other]}", title)
