@@ -203,15 +203,18 @@ def split_round(server: Server, problem: Problem, config: Config) -> dict[str, f
     train, plain = copy.copy(problem.train), server.method.loss
 
     def mark(part: str) -> None:
+        """Count the time since the last mark as this part's."""
         nonlocal last
         spent[part] += perf_counter() - last
         last = perf_counter()
 
     def loss(*arguments: Any) -> Tensor:
+        """The method's loss; what came before it in the step is the rest."""
         mark("rest")
         return plain(*arguments)
 
     def prefetch(*arguments: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """The source's batches, their making counted as data."""
         mark("rest")
         for batch in problem.train.prefetch(*arguments):
             mark("data")

@@ -50,6 +50,7 @@ def with_threads(threads: int, side: Callable[[], Any]) -> Callable[[], float]:
     """The seconds of a side with so many threads of torch's."""
 
     def run() -> float:
+        """Seconds of one pass, on so many threads."""
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         seconds, _ = timed(side)
@@ -70,6 +71,7 @@ def measure_seeds(report: Report, device: torch.device, sizes: Sizes, processes:
     alone = [Ours((seed,), sizes, device) for seed in range(SEEDS)]
 
     def one_after_the_other() -> Tensor:
+        """The losses [seeds, ...] of the seeds trained each in its own run."""
         return torch.cat([run.run_pass() for run in alone])
 
     losses = one_after_the_other()
@@ -109,7 +111,10 @@ def measure_step(report: Report, device: torch.device, sizes: Sizes, processes: 
         plain.net.train()
 
     def seconds_of(usual: PlainTraining, ours: Ours) -> Callable[[], float]:
+        """Times a plain training on the very batches of ours."""
+
         def run() -> float:
+            """Seconds of one pass."""
             began = now(device)
             usual.run_pass(ours.batches())
             return now(device) - began
@@ -138,12 +143,15 @@ def measure_stage1(report: Report, device: torch.device, sizes: Sizes, processes
         batches = loader(ours.problem.images[:count], ours.problem.labels[:count], BATCH, ranges, warp)
 
         def usual_seconds(usual: PlainTraining = usual, batches: Callable[[], Any] = batches) -> float:
+            """Seconds of one pass of the loader's training."""
             return timed(lambda: usual.run_pass(batches()))[0]
 
         def each_of_five(five: Ours = five) -> float:
+            """A seed's share of five side by side."""
             return five.seconds() / SEEDS
 
         def each_of_ten() -> float:
+            """A seed's share of two runs of five, a run on each core."""
             assert processes is not None
             return timed(lambda: processes.run_pass(1))[0] / (2 * SEEDS)
 

@@ -234,6 +234,7 @@ def where_time_goes(ours: Ours, epoch: int) -> dict[str, float]:
     last = now(device)
 
     def mark(part: str) -> None:
+        """Count the time since the last mark as this part's."""
         nonlocal last
         spent[part] = spent.get(part, 0.0) + (time := now(device)) - last
         last = time
@@ -275,13 +276,16 @@ def measure_augmentation(report: Report, device: torch.device, sizes: Sizes) -> 
     batches = list(torch.split(torch.arange(sizes.augmented), sizes.pairs))
 
     def ours(views: Any, turn: int) -> Iterator[Any]:
+        """Batches of ours, on the device."""
         return resident.epoch(batches, views, 0, ("views", turn))
 
     def theirs(views: Any) -> Iterator[Any]:
+        """PIL's views, image by image."""
         made = [pairs.weak, pairs.strong] if views == "both" else [getattr(pairs, views)]
         return (transform(image) for image in pairs.images for transform in made)
 
     def microseconds(make: Iterator[Any]) -> float:
+        """Microseconds an image until the iterator ends."""
         began = now(device)
         for _ in make:
             pass

@@ -235,6 +235,7 @@ def memory_of(side: str, precision: Precision, device: torch.device, sizes: Size
     added = peak_memory(device) - before
 
     def forward() -> tuple[Tensor, Tensor]:
+        """A forward pass of this side, in its precision."""
         with autocast(device, precision):
             return parts(network, images, labels)
 
@@ -250,6 +251,7 @@ def kept_bytes(forward: Callable[[], tuple[Tensor, Tensor]], network: Vit) -> in
             self.tensor = tensor
 
     def pack(tensor: Tensor) -> Holder:
+        """Hold what the backward pass will want, so that it can be counted."""
         holders.add(holder := Holder(tensor))  # it lives as long as the graph that needs it
         return holder
 
@@ -306,6 +308,7 @@ def measure_sweep(report: Report, device: torch.device, sizes: Sizes) -> None:
     sweep = Sweep(config, empty_network(config, problem, device), problem, lambda: None)
 
     def each() -> None:
+        """Every ratio of the sweep in a pass of its own."""
         for ratio in RATIOS:
             accuracies([sweep.pruned("global_l1", ratio)], problem.test, config.eval_batch_size, config.precision)
 

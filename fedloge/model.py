@@ -176,6 +176,7 @@ def _mlp(in_channels: int, image_size: int) -> nn.Module:
 
 def _convnet(in_channels: int, image_size: int) -> nn.Module:
     def stage(before: int, after: int, stride: int) -> list[nn.Module]:
+        """A 3x3 convolution with batch norm and ReLU."""
         # Strides rather than max-pools: on a CPU the pools took half of the forward pass.
         return [nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
 

@@ -160,6 +160,7 @@ def trained_before(stage1: Step, config: Config, problem: Problem) -> Step:
     assert folder is not None
 
     def begin(points: Points, lanes: Sequence[Lane]) -> Stack:
+        """The other run's branches, two networks a lane."""
         from lightcnn.eval import open_run
 
         run = open_run(folder, problem)
@@ -187,6 +188,7 @@ def merge_branches(network: Submodels, settings: TwoStageConfig) -> Callable[[Po
     """The merged model of each lane's two branches."""
 
     def begin(points: Points, lanes: Sequence[Lane]) -> Stack:
+        """Merge each lane's two branches."""
         states = []
         for number, lane in enumerate(lanes):
             a, b = (network.to_module(unstack(points[f"branch_{side}"], number)) for side in "ab")

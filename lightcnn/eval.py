@@ -146,6 +146,7 @@ def multiply_adds(module: nn.Module, images: Tensor) -> int:
     total = 0
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Add the layer's multiply-adds."""
         nonlocal total
         assert isinstance(layer, nn.Conv2d | nn.Linear)
         total += layer.weight[0].numel() * output.numel()

@@ -84,6 +84,7 @@ def narrowed_state(saved: dict[str, Any], lanes: Sequence[int], before: int) -> 
     keep = list(lanes)
 
     def part(value: Any) -> Any:
+        """The lanes' part of a moment; a counter as it is."""
         return value[keep] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == before else value
 
     return {number: {name: part(value) for name, value in values.items()} for number, values in saved.items()}

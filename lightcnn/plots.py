@@ -125,6 +125,7 @@ def size_and_accuracy(figures: Figures, methods: Sequence[str], name: str, out: 
     figure, (axis,) = new_figure(1, 1, (9, 5))
 
     def draw_point(size: float, values: Sequence[float], label: str, **style: Any) -> None:
+        """A network's mean, with the range over its seeds."""
         mean = float(np.mean(values))
         spread = [[mean - min(values)], [max(values) - mean]]
         axis.errorbar([size], [mean], yerr=spread, label=label, **style)

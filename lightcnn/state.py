@@ -112,6 +112,7 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
     device = next(iter(training.weights.values())).device
 
     def moved(stacked: dict[str, Tensor]) -> Stack:
+        """A stack on this training's device."""
         return {name: tensor.to(device) for name, tensor in stacked.items()}
 
     training.active, training.weights = list(saved["active"]), moved(saved["weights"])

@@ -141,6 +141,7 @@ def build_model(architecture: Architecture, seed: int) -> MultiExpert:
         split = names.index("layer4" if architecture.share_stage3 else first)
 
         def chain(chosen: list[str]) -> nn.Sequential:
+            """The layers of these names, one after the other."""
             return nn.Sequential(OrderedDict((name, parts[name]()) for name in chosen))
 
         head = CosineClassifier if architecture.classifier == "cosine" else LinearClassifier

@@ -96,6 +96,7 @@ def collect(study: Study, jobs: "Sequence[Job]", command: str) -> "list[Row]":
     one: dict[str, Any] = {key: done[0][1][key] for key in ("paper", "config", "device", "precision", "commit")}
 
     def add(method: str, seed: int, at: str, split: str, values: dict[str, float]) -> None:
+        """One row a value."""
         rows.extend(
             Row(**one, method=method, seed=seed, at=at, split=split, metric=name, value=value, seconds=0.0,
                 command=command)

@@ -73,6 +73,7 @@ def fill(readme: str, root: Path, fresh: dict[str, str], folder: str = ".") -> s
     """
 
     def replacement(match: re.Match[str]) -> str:
+        """The markers, and between them the file as it is now."""
         source = match["source"]
         try:
             text = fresh[source] if source in fresh else (root / source).read_text(encoding="utf-8")

@@ -34,9 +34,11 @@ def build_term(config: Config) -> Term | None:
         return None
 
     def of_maps(function: Callable[[Tensor], Tensor]) -> Term:
+        """The mean of a function of the maps, times the coefficient."""
         return lambda network, seen: factor * mean(function(s["attention"]) for s in seen if "attention" in s)
 
     def of_hidden(function: Callable[[Tensor], Tensor]) -> Term:
+        """The mean of a function of the hidden activations, times the coefficient."""
         return lambda network, seen: factor * mean(function(s["hidden"]) for s in seen)
 
     terms: dict[str, Term] = {

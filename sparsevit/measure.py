@@ -68,6 +68,7 @@ def calibrate(network: Vit, source: Batches, count: int, batch_size: int) -> Cal
     sums: dict[tuple[int, str], Tensor] = {}
 
     def add(block: int, name: str, value: Tensor) -> None:
+        """Sum up over batches."""
         sums[block, name] = sums[block, name] + value if (block, name) in sums else value
 
     for images, _ in source.prefetch(torch.split(chosen, batch_size), None):

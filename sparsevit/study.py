@@ -98,6 +98,7 @@ def paired_figures(values: Figures, own: str | None = None) -> dict[str, dict[in
     """
 
     def gains(method: str, metric: str = STATISTIC) -> dict[int, float]:
+        """A method's figure minus that of `none`, by seed."""
         base = values.get(f"none/{metric}", {})
         return {s: v - base[s] for s, v in values.get(f"{method}/{metric}", {}).items() if s in base}
 
