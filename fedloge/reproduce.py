@@ -123,7 +123,7 @@ def report(
     shared_report.write_report(folder, rows, found.texts())
     draw([job.folder for job in done], folder / "plots")
     shared_report.show(f"{config_path.stem}: accuracy in % (mean ± deviation over seeds)", found.table)
-    shared_report.show(f"{config_path.stem}: the paper's claims", shared_report.claim_table(found.judgements))
+    shared_report.show(f"{config_path.stem}: claims", shared_report.claim_table(found.judgements))
     print(f"{len(done)} runs; report in {folder}")
 
 

@@ -112,10 +112,12 @@ def study_rows(config_name: str, results: dict[str, Any], command: str) -> "list
 
 
 def methods_table(figures: "Figures", methods: Sequence[str]) -> list[list[str]]:
-    """Accuracies in per cent, then parameters, multiply-adds and epochs run."""
+    """Accuracies in per cent (only those that some method has), then parameters, multiply-adds and epochs run."""
     from shared.report import method_table
 
-    (head, *rows) = method_table(figures, methods, COLUMNS, digits=2)
+    known = {key.split("/", 1)[1] for key in figures if key.split("/", 1)[0] in methods}
+    columns = {heading: metric for heading, metric in COLUMNS.items() if metric in known}
+    (head, *rows) = method_table(figures, methods, columns, digits=2)
     table = [[*head[:-1], "parameters", "multiply-adds", "epochs", "n"]]
     for row in rows:
         constant = [list(figures[f"{row[0]}/{metric}"].values()) for metric in ("parameters", "multiply_adds")]
@@ -177,7 +179,7 @@ def report(path: Path, jobs: "Sequence[Job]", statistics: bool, folder: Path, co
     shared_report.write_report(folder, rows, found.texts())
     draw_all([job.folder for job in done], folder / "plots")
     shared_report.show(f"{path.stem}: accuracy in % (mean ± deviation over seeds)", found.table)
-    shared_report.show(f"{path.stem}: the paper's claims", shared_report.claim_table(found.judgements))
+    shared_report.show(f"{path.stem}: claims", shared_report.claim_table(found.judgements))
     print(f"{len(done)} runs; report in {folder}")
 
 

@@ -176,7 +176,7 @@ def report(study: Study, jobs: "Sequence[Job]", command: str) -> None:
     shared_report.write_report(folder, rows, found.texts())
     shared_report.show(f"{study.title}: in % (mean ± deviation over seeds)", found.table)
     if found.judgements:
-        shared_report.show(f"{study.title}: the paper's claims", shared_report.claim_table(found.judgements))
+        shared_report.show(f"{study.title}: claims", shared_report.claim_table(found.judgements))
     done = {job: job.folder for job in jobs if (job.folder / "results.json").exists()}
     draw([(job.group, path) for job, path in done.items()], folder / "plots")
     print(f"{len(done)} runs; report in {folder}")

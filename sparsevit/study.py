@@ -36,7 +36,7 @@ TIMED_BATCHES = (1, 64)
 TITLES = {  # of the tables, in the order of the report
     "paired": "accuracy after pruning, paired differences in points [95 %]",
     "methods": "accuracy in % (mean ± deviation over seeds)", "pruners": "pruners, arm none, accuracy in %",
-    "latency": "latency", "claims": "the paper's claims, and others",
+    "latency": "latency", "claims": "claims",
 }  # fmt: skip
 
 

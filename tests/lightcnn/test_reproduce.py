@@ -9,7 +9,18 @@ from lightcnn.algorithm import METHODS, VARIANTS, nominal_epochs, plan, settings
 from lightcnn.baselines import BASELINES
 from lightcnn.claims import all_claims, peer_claims
 from lightcnn.config import Config
-from lightcnn.reproduce import CORE, PEERS, PLANS, Slice, chosen_slices, jobs_of, main, study_rows, unequal_epochs
+from lightcnn.reproduce import (
+    CORE,
+    PEERS,
+    PLANS,
+    Slice,
+    chosen_slices,
+    jobs_of,
+    main,
+    methods_table,
+    study_rows,
+    unequal_epochs,
+)
 from shared.claims import Comparison
 from shared.cli import find_config
 from shared.config import load
@@ -182,3 +193,12 @@ def test_unequal_epochs_are_told_in_the_head_of_a_report():
     assert unequal_epochs({"scratch/epochs.run": {0: 30.0}}) == ""
     told = unequal_epochs({**two_stage, "scratch/epochs.run": {0: 57.0}, "wide/epochs.run": {0: 30.0}})
     assert told == "**Not as many epochs as two_stage (56.5): wide 30.** "
+
+
+def test_a_table_of_methods_without_branches_has_no_columns_for_them():
+    values = {"accuracy": 0.9, "validation": 0.91, "parameters": 12_410.0, "multiply_adds": 2e6, "epochs.run": 10.0}
+    figures = {f"bn_gap/{metric}": {0: value} for metric, value in values.items()}
+    figures["two_stage/branch_a.accuracy"] = {0: 0.8}  # not asked for
+    head, row = methods_table(figures, ["bn_gap"])
+    assert head == ["method", "test", "validation", "parameters", "multiply-adds", "epochs", "n"]
+    assert row == ["bn_gap", "90.00", "91.00", "12,410", "2,000,000", "10.0", "1"]
