@@ -195,10 +195,19 @@ def chosen_slices(asked: argparse.Namespace, scale: str) -> list[Slice]:
         own = [part for plan in PLANS.values() for part in plan if part.config == stem] or [Slice(stem, CORE, 3)]
         parts = [replace(part, config=asked.config) for part in own]
     if asked.methods:
-        seeds = 3 if scale == "paper" else parts[0].seeds
-        first = {part.config: part for part in reversed(parts)}
-        parts = [replace(part, methods=tuple(asked.methods), seeds=seeds) for part in reversed(first.values())]
+        parts = narrowed(parts, asked.methods, 3 if scale == "paper" else parts[0].seeds)
     return [replace(part, seeds=asked.seeds or part.seeds) for part in parts]
+
+
+def narrowed(parts: Sequence[Slice], methods: Sequence[str], seeds: int) -> list[Slice]:
+    """The parts with these methods only, whose runs are then the plan's own; what no part has takes so many `seeds`."""
+    found = [replace(part, methods=tuple(method for method in methods if method in part.methods)) for part in parts]
+    for config in dict.fromkeys(part.config for part in parts):
+        own = [part for part in parts if part.config == config]
+        planned = {method for part in own for method in part.methods}
+        others = tuple(method for method in methods if method not in planned)
+        found.append(replace(own[0], methods=others, seeds=seeds))
+    return [part for part in found if part.methods]
 
 
 def check_arms(path: Path) -> Path:

@@ -15,12 +15,14 @@ from run_commands import command_problem
 
 from shared.cli import run_main
 from shared.errors import DataError, UserError
+from shared.publish import LEAST_SEEDS
 from shared.report import read_rows
 
 RESULTS_FOLDER = Path(__file__).resolve().parent
 KEY = ("paper", "config", "method", "seed", "at", "split", "metric")
 FEWER_SEEDS = "fewer seeds"  # a report that says so in methods.md may have arms with the first seeds only,
 BUDGET = "budget_"  # and so may the studies of LightCNN's budget, whose last rung has more of them by design
+TEACHER = "teacher"  # of that study
 Lines = Sequence[Mapping[str, str]]
 TEXTS = {  # what checks the text that is made of a CSV
     "benchmarks.csv": recompute.benchmark_problems, "latency.csv": recompute.latency_problems,
@@ -64,6 +66,21 @@ def seed_problems(lines: Lines, fewer: bool = False) -> list[str]:
     return problems
 
 
+def number_problems(lines: Lines) -> list[str]:
+    """Methods of a study with fewer seeds than a published figure has, or with a gap in them; a teacher has one run."""
+    seeds: dict[str, set[int]] = {}
+    for line in lines:
+        if float(line["seconds"]) > 0 and line["method"] != TEACHER:
+            seeds.setdefault(line["method"], set()).add(int(line["seed"]))
+    problems = list[str]()
+    for method, own in seeds.items():
+        if len(own) < LEAST_SEEDS:
+            problems.append(f"{method}: has {len(own)} of at least {LEAST_SEEDS} seeds")
+        if gap := set(range(min(own), max(own))) - own:
+            problems.append(f"{method}: lacks seed {', '.join(map(str, sorted(gap)))} between its others")
+    return problems
+
+
 def row_problems(path: Path, lines: Lines) -> list[str]:
     """What is wrong with the rows of a study or of single runs whose values have the right kinds."""
     problems = list[str]()
@@ -82,6 +99,7 @@ def row_problems(path: Path, lines: Lines) -> list[str]:
             problems.append("holds several configurations; a study has one")
         methods = path.parent / "methods.md"
         said = methods.read_text(encoding="utf-8") if methods.exists() else ""
+        problems += number_problems(lines) if methods.exists() else []  # else it is one run alone
         problems += seed_problems(lines, FEWER_SEEDS in said or lines[0]["config"].startswith(BUDGET))
     return problems
 

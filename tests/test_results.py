@@ -112,6 +112,19 @@ def test_a_missing_seed_is_named_and_fewer_first_seeds_are_allowed_where_the_rep
     assert check.seed_problems(csv_schema.read_lines(path)[1], fewer=True) == ["ce: lacks seed 0, 2"]
 
 
+def test_a_study_has_three_seeds_without_a_gap(results, capsys):
+    path = results / STUDY / "results.csv"
+    lines = csv_schema.read_lines(path)[1]
+    assert check.number_problems(lines) == []
+    assert check.number_problems([line | {"method": "teacher"} for line in lines if line["seed"] == "0"]) == []
+    edit(path, lambda lines: [line for line in lines if line["seed"] != "1"])
+    assert run_main(check.main, []) == 1
+    printed = capsys.readouterr().out
+    for method in ("mdcs", "ce", "balanced_softmax"):
+        assert f"{STUDY}/results.csv: {method}: has 2 of at least 3 seeds\n" in printed
+        assert f"{STUDY}/results.csv: {method}: lacks seed 1 between its others\n" in printed
+
+
 def test_a_figure_of_one_seed_only_is_named_but_not_one_that_is_calculated(results):
     path = results / STUDY / "results.csv"
     lines = csv_schema.read_lines(path)[1]

@@ -1,12 +1,13 @@
 """Small real data and configurations for the tests of lightcnn."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from lightcnn import training
+from lightcnn import algorithm, training
 from lightcnn.config import Config
 from lightcnn.problem import Problem, load_problem
 from shared import data
@@ -58,6 +59,21 @@ def scripted_validation() -> Callable[..., list[float]]:
         return [0.05 * min(state.epoch, 3 + seed) for seed in seeds]
 
     return scripted
+
+
+@pytest.fixture
+def stops_in_stage_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 2 is its first two phases, which an epoch without an improvement ends; seed s has s + 2 epochs in each."""
+    phases_of = algorithm.stage2_phases
+
+    def scripted(state: Any, problem: Problem, config: Config) -> list[float]:
+        seeds = [state.lanes[lane].seed for lane in state.active for _ in range(state.members)]
+        return [0.05 * min(state.epoch, seed) for seed in seeds]
+
+    monkeypatch.setattr(training, "validate", scripted)
+    monkeypatch.setattr(
+        algorithm, "stage2_phases", lambda *given: [replace(p, patience=1) for p in phases_of(*given)[:2]]
+    )
 
 
 @pytest.fixture(scope="session")

@@ -88,9 +88,22 @@ def test_a_file_of_ones_own_is_what_is_run_under_the_plan_of_its_name(tmp_path):
     (part,) = chosen_slices(asked, "smoke")
     assert (part.methods, part.seeds) == (PLANS["mini"][0].methods, PLANS["mini"][0].seeds)
     assert {config.data.train_images for config in configs_of(part, tmp_path).values()} == {1000}
-    asked = Namespace(config="fashion_mnist", methods=["lenet5", "scratch"], seeds=None)
-    (part,) = chosen_slices(asked, "paper")
-    assert (part.config, part.methods, part.seeds, part.epochs) == ("fashion_mnist", ("lenet5", "scratch"), 3, 57)
+
+
+def test_a_part_of_a_study_has_the_runs_of_the_whole_and_others_three_seeds(tmp_path):
+    def commands(scale, config, methods):
+        parts = chosen_slices(Namespace(config=config, methods=methods, seeds=None), scale)
+        jobs = [job for part in parts for job in jobs_of(part, find_config(part.config, "lightcnn"), tmp_path)]
+        return {(job.group, job.folder.name, job.arguments) for job in jobs}
+
+    for scale, config in (("paper", "fashion_mnist"), ("paper", None), ("mini", None)):
+        whole = commands(scale, config, None)
+        for method in ("two_stage", "lenet5", "scratch"):
+            assert commands(scale, config, [method]) & whole == {job for job in whole if job[0] == method}
+    (part,) = chosen_slices(Namespace(config="mnist", methods=["lenet5"], seeds=None), "paper")
+    assert (part.config, part.methods, part.seeds, part.epochs) == ("mnist", ("lenet5",), 3, 46)
+    first, second = chosen_slices(Namespace(config="fashion_mnist", methods=["lenet5", "scratch"], seeds=2), "paper")
+    assert (first.methods, first.seeds, second.methods, second.seeds) == (("scratch",), 2, ("lenet5",), 2)
 
 
 def test_the_network_of_the_state_of_the_art_claim_is_not_larger_than_the_papers(config_of, problem_of):

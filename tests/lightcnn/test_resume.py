@@ -109,6 +109,17 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, config_of, never_stopp
     assert whole(tmp_path / "run", config) == expected
 
 
+def test_a_run_goes_on_to_the_same_bits_where_seeds_have_stopped_in_stage_2(tmp_path, config_of, stops_in_stage_2):
+    """40 images are 2 steps an epoch: P1, which keeps its frozen layers' outputs, begins with step 2, P2 with step 10."""
+    settings = ("stage1.epochs=1", "stage2.max_epochs=4", "data.train_images=40", "data.test_images=10")
+    config, done = config_of("seeds=3", *settings), 0
+    for moment, phase, active in ((6, 1, [1, 2]), (16, 2, [2])):
+        saved = stop(tmp_path / "run", config, moment - done)
+        assert (saved["step"], saved["training"]["active"], saved["training"]["batch"]) == (phase, active, 1)
+        done = moment + 1
+    assert whole(tmp_path / "run", config) == whole(tmp_path / "whole", config)
+
+
 def test_the_saved_state_says_where_the_run_stands(tmp_path, config_of, never_stopped):
     config = config_of("method=two_stage", *SETTINGS)
     first, second, *_ = steps_of(never_stopped("two_stage"))

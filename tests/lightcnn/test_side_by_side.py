@@ -74,3 +74,25 @@ def test_a_lane_that_stops_keeps_its_weights_and_the_others_go_on_as_if_alone(
         for point in ("branch_a", "branch_b"):
             mine = {n: t[seed][None] for n, t in together[point].items()}
             assert largest_difference(alone[point], mine) < 1e-4
+
+
+@pytest.mark.parametrize(("method", "cached"), [("two_stage", True), ("notebook", False)])
+def test_a_seed_that_stops_in_stage_2_leaves_the_others_as_if_alone(
+    config_of, problem_of, run_phases, stops_in_stage_2, method, cached
+):
+    """P1 and P2 on outputs of the frozen layers that were computed once; 2a and 2b on images. Dropout in all of them."""
+    settings = (f"method={method}", "stage1.epochs=1", "stage2.max_epochs=4", "data.train_images=40")
+    config = config_of("seeds=3", *settings)
+    together, states, epochs = run_phases(config, problem_of(config))
+    for state in states[1:]:
+        assert [stop.epochs for stop in state.stops] == [2, 3, 4], "the seeds stop one after the other"
+        assert (state.inputs is not None) == cached
+    for seed in SEEDS:
+        alone_config = config_of("seeds=1", f"seed={seed}", *settings)
+        alone, _, own = run_phases(alone_config, problem_of(alone_config))
+        for point, stacked in alone.items():
+            mine = {n: t[seed][None] for n, t in together[point].items()}
+            assert largest_difference(stacked, mine) < 1e-4, point
+        for phase, alone_phase in zip(epochs, own, strict=True):
+            losses = [e.loss for epoch in phase for e in epoch if e.lane == seed]
+            assert losses == [pytest.approx(e.loss, abs=1e-4) for (e,) in alone_phase]
