@@ -34,6 +34,7 @@ class Images:
 
 
 CLEAN = Images()
+MIRRORED = ("sample", "fashion_mnist", "cifar10")  # data whose images keep their class when mirrored; digits do not
 
 
 @dataclass(frozen=True)
@@ -243,8 +244,8 @@ def from_scratch(network: Network) -> Callable[[Points, Sequence[Lane]], Stack]:
 
 
 def shifted(config: Config, shape: ImageShape, pixels: int) -> Images:
-    """Shifts by whole pixels, and a flip left to right wherever it leaves the class what it is: not on digits."""
-    flip = config.data.name != "mnist"
+    """Shifts by whole pixels, and a flip left to right where that leaves the class what it is."""
+    flip = config.data.name in MIRRORED
     return Images(Ranges(rotation=0.0, zoom=0.0, shift=pixels / shape.image_size, flip=flip), "whole_pixels")
 
 

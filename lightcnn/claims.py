@@ -54,6 +54,12 @@ COMPARISONS: tuple[Comparison, ...] = (
         headline=True,
     ),
     Comparison(
+        "Better than LeNet-5, four times as large (colour images: three times), in plain training that stops early",
+        "what a well-known network reaches",
+        "two_stage/accuracy",
+        "lenet5/accuracy",
+    ),
+    Comparison(
         "The two stages with their best epoch on validation are better than training in one go with its best",
         "stage 2 keeps what early stopping restores, often an earlier epoch",
         "two_stage/best_epoch.accuracy",
@@ -99,13 +105,25 @@ COMPARISONS: tuple[Comparison, ...] = (
 )
 
 
-def accuracy_claim(data_name: str) -> tuple[Comparison, ...]:
-    """The abstract's accuracy on a data set, none for the embedded images."""
+# On the other data sets no published network of at most the paper's parameters was found.
+SMALLER_ON_MNIST = Comparison(
+    "State of the art: above the best published network of fewer parameters that was found (points above 99.5 %)",
+    "abstract; the other: era-s7, 8,900 parameters, self-reported",
+    "two_stage/accuracy",
+    0.995,
+    paper="99 % (era-s7: 99.5 %)",
+    headline=True,
+)
+
+
+def accuracy_claims(data_name: str) -> tuple[Comparison, ...]:
+    """Limits that the accuracy on a data set should be above: the abstract's, and published ones; else none."""
     if data_name not in ACCURACIES:
         return ()
     value, shown = ACCURACIES[data_name]
     text = f"Accuracy rounds to {shown} or more (points above {100 * value:g} %)"
-    return (Comparison(text, "abstract", "two_stage/accuracy", value, paper=shown, headline=True),)
+    stated = Comparison(text, "abstract", "two_stage/accuracy", value, paper=shown, headline=True)
+    return (stated, SMALLER_ON_MNIST) if data_name == "mnist" else (stated,)
 
 
 def facts(in_channels: int) -> tuple[Fact, ...]:
@@ -141,7 +159,7 @@ def budget_claims(data_name: str, in_channels: int) -> tuple[Claim, ...]:
 
 def all_claims(data_name: str, in_channels: int) -> tuple[Claim, ...]:
     """Every claim on a data set, those that need statistics first."""
-    return (*accuracy_claim(data_name), *COMPARISONS, *facts(in_channels))
+    return (*accuracy_claims(data_name), *COMPARISONS, *facts(in_channels))
 
 
 def peer_claims(peers: Sequence[str]) -> tuple[Comparison, ...]:

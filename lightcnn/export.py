@@ -44,7 +44,8 @@ def take(asked: argparse.Namespace) -> Portable:
     folder = folder_of(asked.run / "model", seed, asked.fold)
     tensors, said = load_model(folder)
     channels, side, _ = said["image"]
-    architecture = {"method": config.method.model_dump(mode="json"), "in_channels": channels, "image_size": side,
+    method_of_run = config.method.model_dump(mode="json", exclude={"teacher"})  # a folder of one machine
+    architecture = {"method": method_of_run, "in_channels": channels, "image_size": side,
                     "num_classes": len(said["classes"])}  # fmt: skip
     network = build(architecture)
     try:

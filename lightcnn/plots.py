@@ -130,9 +130,11 @@ def size_and_accuracy(figures: Figures, methods: Sequence[str], name: str, out: 
         spread = [[mean - min(values)], [max(values) - mean]]
         axis.errorbar([size], [mean], yerr=spread, label=label, **style)
 
+    sizes = {method: size_and_accuracies(figures, method)[0] for method in methods}
     for number, method in enumerate(methods):
         size, values = size_and_accuracies(figures, method)
-        beside = size * 1.02 ** (number % 5 - 2)  # many networks have the same size
+        equal = [other for other in methods if sizes[other] == size]
+        beside = size * 1.02 ** (equal.index(method) - (len(equal) - 1) / 2)
         marker, marker_size = ("*", 11) if method == OURS else ("osD^v"[number // 10 % 5], 4)
         draw_point(beside, values, method, color=f"C{number % 10}", fmt=marker, ms=marker_size)
     for number, (label, (size, values)) in enumerate(published_networks(name, methods).items()):
@@ -142,7 +144,7 @@ def size_and_accuracy(figures: Figures, methods: Sequence[str], name: str, out: 
         axis.annotate(who, (size, accuracy), fontsize=7, xytext=(4, 2), textcoords="offset points")
     axis.set(
         xscale="log",
-        xlabel="parameters",
+        xlabel="parameters (networks of equal size side by side)",
         ylabel="test accuracy (%)",
         title=f"{name}: mean and range over seeds (crosses: published, mostly the best epoch on the test set)",
     )

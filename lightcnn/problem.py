@@ -3,6 +3,7 @@
 The test set is not here: `load_test` is called once, by `eval.py`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,10 @@ class Lane:
     train: Tensor
     validation: Tensor
 
-    def draws(self, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
-        """The lane's random stream for a purpose; it depends on nothing but the seed and the fold."""
+    def draws(self, *names: str | int) -> torch.Generator:
+        """The lane's random stream for a purpose, by seed and fold alone; on the CPU, so the same for every device."""
         fold = () if self.fold is None else ("fold", self.fold)
-        return stream(self.seed, *fold, *names, device=device)
+        return stream(self.seed, *fold, *names)
 
     def init_seed(self, *names: str | int) -> int:
         """A seed for initial weights."""
@@ -97,9 +98,8 @@ def load_test(config: Config) -> ImageSet:
     check_square(test_set)
     if config.data.test_images is None:
         return test_set
-    classes = len(test_set.classes)
-    each = -(-config.data.test_images // classes)
-    return data.take(test_set, (ranks(test_set.labels, classes) < each).nonzero()[:, 0])
+    each = of_each("test_images", config.data.test_images, test_set.labels, test_set.classes)
+    return data.take(test_set, (ranks(test_set.labels, len(test_set.classes)) < each).nonzero()[:, 0])
 
 
 def check_square(image_set: ImageSet) -> None:
@@ -125,10 +125,14 @@ def split(whole: ImageSet, config: DataConfig) -> tuple[Tensor, Tensor]:
         )
     indices, classes = torch.arange(len(whole)), len(whole.classes)
     rank = ranks(whole.labels, classes)
-    held = indices < config.val_images if config.val_from == "first" else rank < config.val_images // classes
+    if config.val_from == "first":
+        held = indices < config.val_images
+    else:
+        held = rank < of_each("val_images", config.val_images, whole.labels, whole.classes)
     validation, train = indices[held], indices[~held]
     if config.train_images is not None:
-        train = train[ranks(whole.labels[train], classes) < config.train_images // classes]
+        labels = whole.labels[train]
+        train = train[ranks(labels, classes) < of_each("train_images", config.train_images, labels, whole.classes)]
     for name, part in (("training", train), ("validation", validation)):
         counts = torch.bincount(whole.labels[part], minlength=classes)
         if bool((counts == 0).any()):
@@ -138,6 +142,18 @@ def split(whole: ImageSet, config: DataConfig) -> tuple[Tensor, Tensor]:
                 "set data.val_from=each_class where the file is sorted by class, or take more images"
             )
     return train, validation
+
+
+def of_each(key: str, count: int, labels: Tensor, classes: Sequence[str]) -> int:
+    """How many images of each class make `count` in all; DataError where it does not divide or a class has fewer."""
+    each, rest = divmod(count, len(classes))
+    if rest:
+        raise DataError(f"data.{key}: {count} is not the same number of each of {len(classes)} classes; ask for more")
+    fewest, rarest = torch.bincount(labels, minlength=len(classes)).min(dim=0)
+    if fewest < each:
+        name = classes[int(rarest)]
+        raise DataError(f"data.{key}: {count} are {each} of each class, but {name!r} has {fewest}; ask for fewer")
+    return each
 
 
 def ranks(labels: Tensor, num_classes: int) -> Tensor:

@@ -90,8 +90,8 @@ class Portable:
 
     @property
     def command(self) -> str:
-        """What made the run, but for the folder that it went to: that is of one machine."""
-        return re.sub(r" --out[= ]('[^']*'|\S+)", "", self.results["command"])
+        """What made the run, but for the folder that it went to and those of absolute paths: of one machine."""
+        return re.sub(r" --out[= ]('[^']*'|\S+)|(?<![\w.])/(?:[^\s'/]+/)*", "", self.results["command"])
 
     def description(self) -> dict[str, Any]:
         """The content of `config.json`, but for the files beside it."""

@@ -21,6 +21,7 @@ def claims() -> Iterator[tuple[str, Sequence[Claim]]]:
     yield "fedloge, mini", fedloge.all_claims(10, 64, 0.6, fedbn=True)
     yield "mdcs", mdcs.ALL_CLAIMS
     yield "lightcnn, fashion_mnist", lightcnn.all_claims("fashion_mnist", 1)
+    yield "lightcnn, mnist", lightcnn.accuracy_claims("mnist")
     yield "lightcnn, cifar10", lightcnn.all_claims("cifar10", 3)
     yield "lightcnn, budget_mnist", lightcnn.budget_claims("mnist", 1)
     yield "lightcnn, budget_cifar10", lightcnn.budget_claims("cifar10", 3)

@@ -12,6 +12,8 @@ from lightcnn.algorithm import plan
 from lightcnn.baselines import BnGap, ImageShape
 from lightcnn.budget import LayoutNet, Recipe, recipe_losses, teacher_logits
 from lightcnn.config import Config
+from lightcnn.export import build
+from lightcnn.export import main as export_main
 from lightcnn.reproduce import main
 from lightcnn.study import CONFIGS, CONVOLUTIONS, RUNGS, TEACHER, jobs_of, overrides_of, teacher_job
 from lightcnn.train import main as train_main
@@ -19,6 +21,7 @@ from shared.checkpoint import load_model
 from shared.cli import find_config
 from shared.config import load
 from shared.errors import ConfigError, RunError
+from shared.export import load_exported
 from shared.study import Outcome
 
 GREY, COLOUR = ImageShape(1, 28, 10), ImageShape(3, 32, 10)
@@ -160,6 +163,22 @@ def test_a_teacher_of_other_images_is_refused_and_a_right_one_gives_its_logits(t
     other = config_of("data={name: sample, val_images: 20, val_from: each_class, train_images: 50}")
     with pytest.raises(RunError, match="not trained on this run's images"):
         teacher_logits(recipe, problem_of(other), other)
+
+
+def test_a_student_leaves_the_house_without_the_path_of_its_teacher(tmp_path):
+    data = "data={name: sample, val_images: 20, val_from: each_class, train_images: 60, test_images: 20}"
+    arguments = ["--config", "lightcnn/configs/budget_smoke.yaml", data, "method.epochs=1", "--out", str(tmp_path)]
+    assert train_main(arguments) == 0
+    (teacher,) = (tmp_path / "lightcnn").iterdir()
+    assert train_main([*arguments, f"method.teacher={teacher}"]) == 0
+    (student,) = set((tmp_path / "lightcnn").iterdir()) - {teacher}
+    assert export_main([str(student), "--out", str(tmp_path / "model")]) == 0
+    for name in ("config.json", "README.md"):
+        text = (tmp_path / "model" / name).read_text()
+        assert str(tmp_path) not in text
+        assert f"method.teacher={teacher.name}" in text
+    network, _ = load_exported(tmp_path / "model", "lightcnn", build)
+    assert network(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
 
 
 def taught_losses(state, problem, config):

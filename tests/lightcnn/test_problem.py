@@ -1,6 +1,7 @@
 """The data and its split: oracle T18, folds, and data that does not fit."""
 
 import gzip
+import re
 import struct
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from lightcnn.config import Config
-from lightcnn.problem import check_square, folds_of, load_problem, split
+from lightcnn.problem import check_square, folds_of, load_problem, load_test, split
 from lightcnn.train import main
 from shared import data
 from shared.config import parse
@@ -69,6 +70,23 @@ def test_of_a_file_sorted_by_class_the_first_of_each_class_are_held_out():
     assert train.tolist() == [8 * c + k for c in range(10) for k in (2, 3, 4)]
     with pytest.raises(DataError, match=r"no training image of class '0'.*each_class"):
         split(whole, config(val_images=20).data)
+
+
+@pytest.mark.parametrize(("keys", "said"), [
+    ({"val_images": 20, "train_images": 15}, "data.train_images: 15 is not the same number of each of 10 classes"),
+    ({"val_images": 15, "val_from": "each_class"}, "data.val_images: 15 is not the same number of each of 10 classes"),
+    ({"val_images": 10, "train_images": 80}, "data.train_images: 80 are 8 of each class, but '3' has 4; ask for"),
+    ({"val_images": 60, "val_from": "each_class"}, "data.val_images: 60 are 6 of each class, but '3' has 5; ask for"),
+])  # fmt: skip
+def test_a_number_of_images_that_the_classes_cannot_share_evenly_is_refused(keys, said):
+    labels = [i % 10 for i in range(50)] + [c for c in range(10) if c != 3 for _ in range(5)]
+    with pytest.raises(DataError, match=re.escape(said)):
+        split(image_set(labels), config(**keys).data)
+
+
+def test_a_number_of_test_images_that_does_not_divide_is_refused(config_of):
+    with pytest.raises(DataError, match=r"data\.test_images: 15 is not the same number of each of 10 classes; ask for"):
+        load_test(config_of("data={name: sample, val_images: 50, val_from: each_class, test_images: 15}"))
 
 
 @pytest.mark.parametrize(("validation", "train"), [(100, None), (95, 10), (1000, None)])

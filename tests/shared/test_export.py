@@ -52,6 +52,17 @@ def test_what_was_written_is_read_back_with_all_that_is_needed_to_use_it(toy, tm
     assert config["run"]["command"] == "python -m toy.train --config mini seed=1"
 
 
+@pytest.mark.parametrize(("given", "shown"), [
+    ("seed=1 method.teacher=/home/me/runs/x/teacher-s0 --out=/b", "seed=1 method.teacher=teacher-s0"),
+    ("--config /tmp/own.yaml 'method.teacher=/home/me/a run'", "--config own.yaml 'method.teacher=a run'"),
+    ("--config toy/configs/mini.yaml --out ../b stage1.branches=runs/toy/a", "--config toy/configs/mini.yaml "
+     "stage1.branches=runs/toy/a"),
+])  # fmt: skip
+def test_the_command_of_an_export_has_no_path_of_one_machine(toy, given, shown):
+    run = replace(toy, results={**RESULTS, "command": f"python -m toy.train {given}"})
+    assert run.command == f"python -m toy.train {shown}"
+
+
 def test_the_card_has_what_hubs_ask_for_and_no_folder_of_this_machine(toy):
     _, head, text = toy.card(["safetensors", "onnx"]).split("---\n", 2)
     assert yaml.safe_load(head) == {
