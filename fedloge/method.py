@@ -115,7 +115,9 @@ def sparse_etf(
 
 
 def etf_repair_loss(weight: Tensor, norm: float) -> Tensor:
-    """Measure how far a frame is from equal lengths and from the largest possible angles (Eq. 3-4 by the reviews).
+    """Measure how far a frame is from equal lengths and from the largest possible angles.
+
+    Equations 3 and 4, as the public reviews of the paper describe them:
 
     L(S) = sum_c (||s_c|| - gamma)^2  -  (1/C) sum_c arccos( max_{j != c} cos(s_c, s_j) )
 

@@ -49,7 +49,8 @@ def evaluate(
     `accuracy` is the final network's on the test set; `<point>.accuracy` that of the network kept there (`branch_a`,
     `branch_b`, their mean probabilities `branches_mean`, each phase of stage 2, and `best_epoch`, the best of its last
     phase); `validation` the same on the validation images. Under `kfold: honest` a seed's figures are those of its fold
-    with the best validation accuracy, and `kfold.` stands before the means over folds.
+    with the best validation accuracy, and `kfold.` stands before the means over folds. Under `kfold: notebook` the
+    folds train on images of `validation`, which means nothing for them.
     """
     images, labels = test.images.to(problem.images.device), test.labels.to(problem.images.device)
     by_lane: dict[str, list[float]] = {}

@@ -87,14 +87,14 @@ def size_and_accuracies(figures: Figures, method: str) -> tuple[float, list[floa
 
 
 def training_curves(folder: Path, out: Path) -> None:
-    """Train and validation accuracy by epoch, one line a seed, each phase shaded and named.
+    """Train and validation accuracy by epoch, one line a seed (of its first fold), each phase shaded and named.
 
     Train accuracy is on the images as they are trained on: augmented for branch b, with dropout in stage 2.
     """
     figure, (axis,) = new_figure(1, 1, (9, 4.5))
     rows, results = read_metrics(folder, "epoch"), read_results(folder)
     phases = list(dict.fromkeys(row["phase"] for row in rows))
-    first = 0
+    first, labelled = 0, set[str]()
     for number, phase in enumerate(phases):
         own = [row for row in rows if row["phase"] == phase]
         epochs = np.arange(first + 1, first + len(own) + 1)
@@ -103,13 +103,14 @@ def training_curves(folder: Path, out: Path) -> None:
             name = f"branch {'ab'[member]}" if members > 1 else "merged"
             for kind, style in (("train", "--"), ("validation", "-")):
                 of = {"branch b": ", augmented", "merged": ", with dropout"}.get(name, "") if kind == "train" else ""
-                label = f"{name}, {kind}{of}" if number < 2 else None
+                label = f"{name}, {kind}{of}"
                 for seed in results["seeds"]:
-                    found = [[lane[kind][member] for lane in row["lanes"] if lane["seed"] == seed] for row in own]
-                    values = [100 * value[0] if value else np.nan for value in found]
-                    axis.plot(epochs, values, style, color=f"C{member}" if members > 1 else "C2", label=label, lw=0.8,
-                              alpha=0.8, marker="." if len(own) == 1 else None)  # fmt: skip
-                    label = None
+                    lanes = [[x for x in row["lanes"] if x["seed"] == seed and not x["fold"]] for row in own]
+                    values = [100 * found[0][kind][member] if found else np.nan for found in lanes]
+                    axis.plot(epochs, values, style, color=f"C{member}" if members > 1 else "C2", lw=0.8, alpha=0.8,
+                              label=None if label in labelled else label,
+                              marker="." if len(own) == 1 else None)  # fmt: skip
+                    labelled.add(label)
         axis.axvspan(first + 0.5, first + len(own) + 0.5, color="0.92" if number % 2 else "0.98", zorder=0)
         label = f"{phase}\n" + "\n".join(own[0]["trains"])
         axis.text(first + len(own) / 2 + 0.5, 1.01, label, transform=axis.get_xaxis_transform(), ha="center",

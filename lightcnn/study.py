@@ -127,8 +127,9 @@ def report_of(path: Path, rows: "Sequence[Row]", data: Mapping[str, Any], comman
     about = (
         "Accuracy in %, mean ± deviation over seeds, of each run's best epoch on "
         f"{data['val_images']:,} validation images; {data['test_images']:,} test images were read once, after "
-        "all training. The gain is that of a row over the one above it, on the test images, paired by seed, with its "
-        "95 % interval; all students have the same teacher, so the last gain's does not cover another one. "
+        "all training. The gain is that of a row over the one above it, on the test images, over the seeds that both "
+        "rows have (n is of the accuracies), with its 95 % interval; all students have the same teacher, so the last "
+        "gain's does not cover another one. "
         f"{rows[-1].device}, {rows[-1].precision}, {shared_report.commits_of(rows)}, `{command}`."
     )
     return shared_report.Report(f"LightCNN, `{path.stem}`", about, ingredients(figures), judgements)

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[str, Any]:
-    """Stage 1, the merge, stage 2 phase by phase; an interrupted run goes on exactly where it stopped, at any step."""
+    """Stage 1, the merge, stage 2 phase by phase; an interrupted run goes on exactly where it stopped, at any step.
+
+    A lane is a seed (or a fold of it), a point a network kept under a name, as `branch_a`; a step trains one phase.
+    """
     from lightcnn import state, training
     from lightcnn.algorithm import plan
     from lightcnn.problem import load_problem

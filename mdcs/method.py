@@ -148,7 +148,7 @@ def mdcs_loss(
     temperature: float,
     confident: Confident = "adjusted",
 ) -> Tensor:
-    """The whole loss of a step, L = L_DL + alpha r(t) L_CS (sections 2.4 and 2.5).
+    """The whole loss of a step, L = L_DL + alpha r(t) L_CS (authors' code).
 
     L_DL is a mean over weak and strong views; both terms are sums over experts.
 

@@ -24,7 +24,7 @@ PAGE = Path("results/report/index.html")
 LARGEST = 8 * 2**20
 NOT_RUN = "not run"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-INTRODUCTION = ("The paper in a screen",)
+INTRODUCTION = ("The paper on one screen",)
 PROTOCOL = ("Methods", "The budget", "Results", "Real ")
 LIMITS, DEVIATIONS, SPEED = ("What is certain",), ("Deviations",), ("Speed",)
 

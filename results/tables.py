@@ -48,17 +48,18 @@ def papers_table(results: Path) -> str:
 
 def overview_table(results: Path) -> str:
     """What each paper claims first of all, what was found in a study or two, how its headline claims fare in all."""
-    rows = [["paper", "its main claim", "ours", "n", "verdict", f"headline verdicts: {', '.join(VERDICTS)}"]]
+    tally = f"deciding claims: {', '.join(VERDICTS)}"
+    rows = [["paper", "its main claim", "paper's number", "ours", "n", "verdict", tally]]
     for paper, (name, studies, claim) in MAIN.items():
         lines = {p.parent.name: table_of(p)[1:] for p in sorted((results / paper).glob("*/summary.md"))}
         counts = [sum(row[-1] == verdict for own in lines.values() for row in own) for verdict in VERDICTS]
         tally = ", ".join(map(str, counts)) if lines else "-"
         ends = [f"[{name}](../{paper}/README.md)", tally]
         for study in studies.split():
-            found = next((row[3:] for row in lines.get(study, ()) if row[1] == claim), None)
+            found = next((row[2:] for row in lines.get(study, ()) if row[1] == claim), None)
             if study in lines and found is None:
                 raise DataError(f"results/{paper}/{study}/summary.md: lacks the claim {claim!r} of the overview")
-            rows.append([ends[0], f"{claim} (`{study}`)", *(found or ("-", "-", "not published")), ends[1]])
+            rows.append([ends[0], f"{claim} (`{study}`)", *(found or ("-", "-", "-", "not published")), ends[1]])
             ends = ["", ""]
     return markdown(rows)
 

@@ -113,9 +113,9 @@ def test_the_overview_has_a_line_a_paper_with_its_main_claim_and_a_tally(tmp_pat
         (tmp_path / "a" / study).mkdir(parents=True)
         (tmp_path / "a" / study / "summary.md").write_text(head + rows)
     _, _, first, more, second = tables.overview_table(tmp_path).splitlines()
-    assert first == "| [A, 2020](../a/README.md) | it works (`mini`) | +1.0 | 4 | inconclusive | 1, 1, 0 |"
-    assert more == "|  | it works (`large`) | +2.0 | 4 | reproduced |  |"
-    assert second == "| [B, 2021](../b/README.md) | so too (`mini`) | - | - | not published | - |"
+    assert first == "| [A, 2020](../a/README.md) | it works (`mini`) | +9 | +1.0 | 4 | inconclusive | 1, 1, 0 |"
+    assert more == "|  | it works (`large`) | +9 | +2.0 | 4 | reproduced |  |"
+    assert second == "| [B, 2021](../b/README.md) | so too (`mini`) | - | - | - | not published | - |"
     monkeypatch.setitem(tables.MAIN, "a", ("A, 2020", "mini", "it flies"))
     with pytest.raises(DataError, match="lacks the claim 'it flies' of the overview"):
         tables.overview_table(tmp_path)

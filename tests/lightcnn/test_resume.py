@@ -110,7 +110,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, config_of, never_stopp
 
 
 def test_a_run_goes_on_to_the_same_bits_where_seeds_have_stopped_in_stage_2(tmp_path, config_of, stops_in_stage_2):
-    """40 images are 2 steps an epoch: P1, which keeps its frozen layers' outputs, begins with step 2, P2 with step 10."""
+    """40 images are 2 steps an epoch: P1, whose frozen layers' outputs are kept, begins with step 2, P2 with 10."""
     settings = ("stage1.epochs=1", "stage2.max_epochs=4", "data.train_images=40", "data.test_images=10")
     config, done = config_of("seeds=3", *settings), 0
     for moment, phase, active in ((6, 1, [1, 2]), (16, 2, [2])):

@@ -3,6 +3,8 @@
 import pytest
 
 from lightcnn import training
+from lightcnn.algorithm import plan
+from lightcnn.state import narrow
 from tests.lightcnn.stacks import largest_difference
 
 SEEDS = (0, 1, 2)
@@ -80,7 +82,7 @@ def test_a_lane_that_stops_keeps_its_weights_and_the_others_go_on_as_if_alone(
 def test_a_seed_that_stops_in_stage_2_leaves_the_others_as_if_alone(
     config_of, problem_of, run_phases, stops_in_stage_2, method, cached
 ):
-    """P1 and P2 on outputs of the frozen layers that were computed once; 2a and 2b on images. Dropout in all of them."""
+    """P1 and P2 on the frozen layers' outputs, computed once; 2a and 2b on images. All of them have dropout."""
     settings = (f"method={method}", "stage1.epochs=1", "stage2.max_epochs=4", "data.train_images=40")
     config = config_of("seeds=3", *settings)
     together, states, epochs = run_phases(config, problem_of(config))
@@ -96,3 +98,14 @@ def test_a_seed_that_stops_in_stage_2_leaves_the_others_as_if_alone(
         for phase, alone_phase in zip(epochs, own, strict=True):
             losses = [e.loss for epoch in phase for e in epoch if e.lane == seed]
             assert losses == [pytest.approx(e.loss, abs=1e-4) for (e,) in alone_phase]
+
+
+def test_folds_that_go_on_are_validated_on_their_own_images(config_of, problem_of):
+    config = config_of("method={name: two_stage, kfold: honest, folds: 3}", "seeds=1")
+    problem = problem_of(config)
+    state = training.begin(plan(config, problem)[0], {}, problem, config)
+    of_all = training.validate(state, problem, config)
+    narrow(state, [0, 2])
+    assert training.validate(state, problem, config) == of_all[:2] + of_all[4:]
+    state.lanes = (state.lanes[0], *state.lanes[:2])
+    assert training.validate(state, problem, config) != of_all[:2] + of_all[4:], "other images, other accuracies"

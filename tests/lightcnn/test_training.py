@@ -1,4 +1,4 @@
-"""The training loop: freezing, transitions, what is frozen (T6, T7, T10, T17, T21, T22)."""
+"""The training loop: what moves, what is frozen, what it is fed with (T6, T7, T21, T22)."""
 
 from dataclasses import replace
 
@@ -7,9 +7,8 @@ import torch
 from torch.nn import functional
 
 from lightcnn import feed, fused, training
-from lightcnn.algorithm import CARRY, METHODS, final_point, plan, trained_names
-from lightcnn.feed import gather, live_levels
-from lightcnn.method import Phase, lane_losses
+from lightcnn.algorithm import CARRY, METHODS, plan, trained_names
+from lightcnn.method import Phase
 from lightcnn.model import merge
 from shared.errors import DataError, InterruptedRunError
 from shared.gpu import NotFiniteError
@@ -41,16 +40,13 @@ def test_a_phase_moves_all_that_it_trains_and_nothing_else(config_of, problem_of
             if name not in names:
                 assert still.all(), name
                 continue
-            # No gradient in any step: one of the two units is dead, or both are never on for the same image (fc1, after
-            # two ReLUs and dropout, and the one pixel that all features of the head lack). Then decay alone moves it,
-            # unless it is a bias at zero. With SGD an update can also be less than a float resolves, or be taken back.
+            # No gradient in any step: the two units that an element joins were never on for the same image (ReLU,
+            # dropout). Then decay alone moves it, if it is not zero. And an update can be lost in a float's rounding.
             idle = ~pulled[name]
-            assert idle.float().mean() < (0.1 if name.startswith("fc1") else 0.06), name
-            if step.phase.optimizer == "nadam":
-                assert torch.equal(still, idle), name
-            else:
-                assert torch.equal(still & idle, idle & (before[name] == 0)), name
-                assert (still & ~idle).float().mean() < 0.005, name
+            assert idle.float().mean() < (0.125 if name.startswith("fc1") else 0.06), name
+            decays = step.phase.optimizer == "sgd"
+            assert torch.equal(still & idle, idle & (before[name] == 0) if decays else idle), name
+            assert (still & ~idle).sum() <= 1 + 0.005 * still.numel(), name
         training.end_epoch(state, training.validate(state, problem, config))
         points = training.end_phase(state, points)
 
@@ -95,94 +91,6 @@ def test_the_frozen_part_ends_below_dropout_whatever_the_schedule(schedule, cach
         assert largest_difference(slow[point], fast[point]) < 1e-5
     for a, b in zip(slow_epochs, fast_epochs, strict=True):
         assert [e.loss for r in a for e in r] == [pytest.approx(e.loss, abs=1e-5) for r in b for e in r]
-
-
-@pytest.mark.parametrize("phases", [2, 3, 4])
-def test_the_next_phase_starts_where_the_kept_epoch_ended(config_of, problem_of, run_phases, phases):
-    """The loss just after a transition is the one just before it: nothing but the kept weights goes over."""
-    config = config_of("stage2.max_epochs=3")
-    problem = problem_of(config)
-    points, states, _ = run_phases(config, problem, phases)
-    step = plan(config, problem)[phases]
-    after = training.begin(step, points, problem, config)
-    assert largest_difference(after.weights, states[-1].kept) == 0
-    assert largest_difference(points[f"P{phases - 1}"], states[-1].kept) == 0
-    assert not after.optimizer.state, "a fresh optimiser"
-    state = states[-1]
-    state.weights, state.active = state.kept, [0, 1]
-    before = validation_losses(state, problem)
-    torch.testing.assert_close(validation_losses(after, problem), before, atol=1e-6, rtol=0)
-    assert training.validate(state, problem, config) == training.validate(after, problem, config)
-    assert training.validate(after, problem, config) == [stop.kept for stop in state.stops]
-
-
-def validation_losses(state, problem):
-    """Cross-entropy of each network in evaluation mode; the frozen layers' outputs are taken where they are kept."""
-    held = torch.stack([lane.validation for lane in state.lanes])
-    with torch.no_grad():
-        inputs = gather(state, problem, held)
-        logits = state.step.network.forward(state.weights, inputs, live_levels(state))
-    return lane_losses(logits, problem.labels[held])
-
-
-def after_each_epoch(state, problem, config, accuracies):
-    """Train a phase to its end with these validation accuracies; the weights after each epoch."""
-    history, scripted = [], iter(accuracies)
-    while not state.done:
-        training.train_epoch(state, problem, config)
-        history.append({n: t.detach().clone() for n, t in state.weights.items()})
-        training.end_epoch(state, next(scripted))
-    return history
-
-
-def test_the_merged_model_carries_each_branch_from_its_own_best_epoch(config_of, problem_of, run_phases):
-    config = config_of("seeds=1", "stage1.epochs=4")
-    problem = problem_of(config)
-    step = plan(config, problem)[0]
-    state = training.begin(step, {}, problem, config)
-    # Branch a is best in epoch 1, b in epoch 2; of equal ones the first.
-    history = after_each_epoch(state, problem, config, [[0.1, 0.2], [0.4, 0.3], [0.2, 0.5], [0.4, 0.5]])
-    assert [stop.best_epoch for stop in state.stops] == [1, 2]
-    points = training.end_phase(state, {})
-    for point, epoch, row in (("branch_a", 1, 0), ("branch_b", 2, 1)):
-        assert all(torch.equal(points[point][n][0], history[epoch][n][row]) for n in history[0])
-    merged = training.begin(plan(config, problem)[1], points, problem, config).weights
-    for side, (epoch, row) in enumerate(((1, 0), (2, 1))):
-        assert torch.equal(merged["conv1.weight"][0, side], history[epoch]["conv1.weight"][row])
-        assert torch.equal(merged["head.weight"][0, side].flatten(1), history[epoch]["fc.weight"][row])
-
-
-def test_stage_2_goes_on_from_what_early_stopping_keeps_not_from_the_last_epoch(config_of, problem_of, run_phases):
-    config = config_of("seeds=1", "stage2.max_epochs=3")
-    problem = problem_of(config)
-    points, *_ = run_phases(config, problem, 1)
-    step = replace(plan(config, problem)[1], best_point="best_epoch")
-    state = training.begin(step, points, problem, config)
-    history = after_each_epoch(state, problem, config, [[0.5], [0.6], [0.6005]])
-    found = training.end_phase(state, points)
-    assert largest_difference(found[CARRY], history[1]) == 0
-    assert largest_difference(found["P1"], history[1]) == 0, "and that is what the phase reports"
-    assert largest_difference(state.best, history[2]) == 0
-    assert largest_difference(found["best_epoch"], history[2]) == 0
-
-
-def test_a_fold_of_the_notebook_gives_its_best_epoch_and_the_next_fold_goes_on_from_the_kept_one(config_of, problem_of):
-    """2c and F4: a file of the best epoch a fold, and one model that early stopping hands on through all of them."""
-    config = config_of("method={name: two_stage, kfold: notebook, folds: 3}", "seeds=1", "stage2.max_epochs=3",
-                       "data.train_images=40")  # fmt: skip
-    problem = problem_of(config)
-    *_, last, first, second, third = plan(config, problem)
-    points = {CARRY: fused.stack([last.network.initial(0)])}
-    for step, accuracies in ((first, [0.5, 0.6, 0.6005]), (second, [0.7, 0.7009, 0.6]), (third, [0.4, 0.5, 0.6])):
-        state = training.begin(step, points, problem, config)
-        assert largest_difference(state.weights, points[CARRY]) == 0
-        assert not state.optimizer.state, "a fresh optimiser"
-        history = after_each_epoch(state, problem, config, [[value] for value in accuracies])
-        points = training.end_phase(state, points)
-        best, kept = ((2, 1), (1, 0), (2, 2))[step.fold]
-        assert largest_difference(points[f"fold{step.fold + 1}"], history[best]) == 0
-        assert largest_difference(points[CARRY], history[kept]) == 0
-    assert final_point([last, first, second, third]) == "fold3"
 
 
 def test_orders_and_draws_are_permutations_of_each_seeds_own(config_of, problem_of):

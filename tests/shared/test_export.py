@@ -53,8 +53,8 @@ def test_what_was_written_is_read_back_with_all_that_is_needed_to_use_it(toy, tm
 
 
 @pytest.mark.parametrize(("given", "shown"), [
-    ("seed=1 method.teacher=/home/me/runs/x/teacher-s0 --out=/b", "seed=1 method.teacher=teacher-s0"),
-    ("--config /tmp/own.yaml 'method.teacher=/home/me/a run'", "--config own.yaml 'method.teacher=a run'"),
+    ("seed=1 method.teacher=/data/runs/x/teacher-s0 --out=/b", "seed=1 method.teacher=teacher-s0"),
+    ("--config /data/own.yaml 'method.teacher=/data/a run'", "--config own.yaml 'method.teacher=a run'"),
     ("--config toy/configs/mini.yaml --out ../b stage1.branches=runs/toy/a", "--config toy/configs/mini.yaml "
      "stage1.branches=runs/toy/a"),
 ])  # fmt: skip
