@@ -1,5 +1,9 @@
-"""The pictures of a study: training curves by phase, accuracy against size, augmented images, the confusion matrix."""
+"""The pictures of a study: training curves by phase, accuracy against size, augmented images, the confusion matrix.
 
+`python -m lightcnn.plots` draws the published ones of accuracy against size anew: they show other studies as well.
+"""
+
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ from lightcnn.algorithm import paper_ranges
 from lightcnn.augment import augment, draw
 from lightcnn.config import Config
 from shared.claims import Figures
-from shared.cli import REPOSITORY
+from shared.cli import REPOSITORY, shown
 from shared.config import load
 from shared.gpu import stream
 from shared.plots import new_figure, save, use_style
@@ -140,9 +144,13 @@ def size_and_accuracy(figures: Figures, methods: Sequence[str], name: str, out: 
         draw_point(beside, values, method, color=f"C{number % 10}", fmt=marker, ms=marker_size)
     for number, (label, (size, values)) in enumerate(published_networks(name, methods).items()):
         draw_point(size, values, label, color="black", fmt="P*<>hdp"[number % 7], ms=9 if number < 2 else 5)
+    best = 0.0
     for size, accuracy, who in PUBLISHED.get(name, ()):
         axis.plot([size], [accuracy], "x", color="black")
-        axis.annotate(who, (size, accuracy), fontsize=7, xytext=(4, 2), textcoords="offset points")
+        across, side = (-4, "right") if size > 50_000 else (4, "left")  # the legend is at the right
+        place = (across, 2 if accuracy > best else -8)  # neighbours do not write over each other
+        axis.annotate(who, (size, accuracy), fontsize=7, xytext=place, ha=side, textcoords="offset points")
+        best = max(best, accuracy)
     axis.set(
         xscale="log",
         xlabel="parameters (networks of equal size side by side)",
@@ -193,3 +201,25 @@ def confusion_matrix(results: dict[str, Any], out: Path) -> None:
     axis.grid(visible=False)
     figure.colorbar(image, ax=axis, label="share of the class", shrink=0.8)
     save(figure, out / "confusion_matrix")
+
+
+def redraw(studies: Path) -> list[Path]:
+    """Draw accuracy against size anew for each published study of a data set, from its rows; returns the folders."""
+    use_style("lightcnn")
+    found = [studies / name for name in PUBLISHED if (studies / name / "results.csv").exists()]
+    for study in found:
+        rows = [row for row in read_rows(study / "results.csv") if row.method != "study"]
+        methods = list(dict.fromkeys(row.method for row in rows))
+        size_and_accuracy(figures_of(rows, "final"), methods, study.name, study / "plots")
+    return found
+
+
+def main() -> int:
+    """Draw what is published anew."""
+    for study in redraw(REPOSITORY / "results" / "lightcnn"):
+        print(f"written: {shown(study / 'plots')}/size_and_accuracy.*")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

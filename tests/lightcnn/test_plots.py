@@ -1,6 +1,7 @@
 """The pictures of a study show what was measured, where its axes and labels say: hand-made figures, no training."""
 
 import json
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,6 +150,19 @@ def test_every_network_stands_at_its_size_and_only_equal_ones_side_by_side(tmp_p
     assert crosses == [(size, accuracy) for size, accuracy, _ in plots.PUBLISHED["mnist"]]
     assert [text.get_text() for text in axis.texts] == [who for *_, who in plots.PUBLISHED["mnist"]]
     assert axis.get_xscale() == "log"
+
+
+def test_a_published_study_is_drawn_anew_from_its_rows_with_what_others_have_published(tmp_path, monkeypatch):
+    for study in ("mnist", "budget_mnist"):
+        shutil.copytree(plots.REPOSITORY / "results" / "lightcnn" / study, tmp_path / "results" / "lightcnn" / study)
+        shutil.rmtree(tmp_path / "results" / "lightcnn" / study / "plots")
+    monkeypatch.setattr(plots, "REPOSITORY", tmp_path)
+    assert plots.main() == 0
+    drawn = {path.name for path in (tmp_path / "results").rglob("plots/*")}
+    assert drawn == {"size_and_accuracy.png", "size_and_accuracy.svg"}
+    text = (tmp_path / "results" / "lightcnn" / "mnist" / "plots" / "size_and_accuracy.svg").read_text()
+    for name in ("two_stage", "bn_gap", "our budget track", "era-s7"):
+        assert name in text
 
 
 def test_the_ladder_has_a_step_an_arm_with_validation_and_test_of_each_seed(tmp_path, figures):
