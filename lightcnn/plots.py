@@ -206,12 +206,15 @@ def confusion_matrix(results: dict[str, Any], out: Path) -> None:
 def redraw(studies: Path) -> list[Path]:
     """Draw accuracy against size anew for each published study of a data set, from its rows; returns the folders."""
     use_style("lightcnn")
-    found = [studies / name for name in PUBLISHED if (studies / name / "results.csv").exists()]
-    for study in found:
+    drawn = []
+    for name, study in ((name, studies / f"{name}{end}") for name in PUBLISHED for end in ("", "_peers")):
+        if not (study / "results.csv").exists():
+            continue
         rows = [row for row in read_rows(study / "results.csv") if row.method != "study"]
         methods = list(dict.fromkeys(row.method for row in rows))
-        size_and_accuracy(figures_of(rows, "final"), methods, study.name, study / "plots")
-    return found
+        size_and_accuracy(figures_of(rows, "final"), methods, name, study / "plots")
+        drawn.append(study)
+    return drawn
 
 
 def main() -> int:
