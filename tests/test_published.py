@@ -22,6 +22,7 @@ STUDIES = sorted(
     if (path.parent / "methods.md").exists()
 )
 MDCS, FEDLOGE, SPARSEVIT = "mdcs/mini", "fedloge/mini", "sparsevit/mini"
+FASHION = "lightcnn/fashion_mnist"  # of several commits
 
 
 def copy_of(study: str, tmp_path: Path) -> Path:
@@ -74,11 +75,14 @@ def test_every_text_of_a_study_must_be_there_and_be_what_the_rows_give(tmp_path,
 
 def test_claims_that_were_not_reproduced_cannot_be_left_out_with_the_summary_made_to_match(tmp_path):
     folder = copy_of(FEDLOGE, tmp_path)
+    lost = {}
     for name in ("claims.md", "summary.md"):
+        lines = (folder / name).read_text(encoding="utf-8").splitlines()
+        lost[name] = next(line for line in lines if line.endswith("| not reproduced |")).strip("| ").split(" | ")
         drop_lines(folder / name, "| not reproduced |")
     first, second = problems_of(folder)
-    assert first.startswith("claims.md: lacks 'Realignment lifts the personal models (rule of the figure, against psi")
-    assert second.startswith("summary.md: lacks 'FedLoGe, `mini` The personal models (rule of the figure) are better")
+    assert first.startswith(f"claims.md: lacks '{lost['claims.md'][0]}"[:80])
+    assert second.startswith(f"summary.md: lacks '{lost['summary.md'][0]} {lost['summary.md'][1]}"[:80])
 
 
 def test_a_method_cannot_be_left_out_nor_put_elsewhere(tmp_path):
@@ -96,8 +100,8 @@ def test_a_method_cannot_be_left_out_nor_put_elsewhere(tmp_path):
     (MDCS, "claims.md", "| supplement, CIFAR-100-LT IF 100; theirs: a later re-run |", "| abstract |",
      "source: says abstract; the rows give suppl"),
     (MDCS, "claims.md", "| inconclusive |", "| reproduced |", "verdict: says reproduced; the rows give inconclusive"),
-    (FEDLOGE, "methods.md", "commits a17328cc97, 0aeb30eaa9", "commit a17328cc97", "the rows give"),
-    (FEDLOGE, "methods.md", "0aeb30eaa9", "0aeb30eaaa", "0aeb30eaaa"),
+    (FASHION, "methods.md", "commits bd09ed031c, fdd93cf35e, f219b8730d", "commit bd09ed031c", "the rows give"),
+    (FASHION, "methods.md", "fdd93cf35e", "fdd93cf35f", "fdd93cf35f"),
     (FEDLOGE, "methods.md", "last 10 evaluated", "best 10 evaluated", "the rows give"),
     (SPARSEVIT, "verdict.md", "not supported", "supported", "says \"The paper's claim is supported"),
     (SPARSEVIT, "cautions.md", "0.10 points", "0.01 points", "0.01 points in this mean"),
@@ -122,7 +126,7 @@ def test_one_run_needs_no_tables_but_a_study_cannot_pass_for_one(tmp_path):
     single = copy_of("fedloge/cifar10_lt_if100_alpha05_2_rounds", tmp_path)
     assert problems_of(single) == []
     (single / "methods.md").write_text("| method |\n")
-    assert problems_of(single) == ["methods.md: is no file of this report"]
+    assert problems_of(single) == ["fedloge: has 1 of at least 3 seeds"]
     (single / "methods.md").unlink()
     folder = copy_of(MDCS, tmp_path)
     for path in folder.glob("*.md"):

@@ -13,7 +13,7 @@ from shared.config import load
 from shared.report import Row
 
 
-@pytest.mark.parametrize(("method", "norm"), [("fedloge", 1.0), ("dense_etf", 1.0)])
+@pytest.mark.parametrize(("method", "norm"), [("fedloge", 5.0), ("dense_etf", 5.0)])
 def test_a_method_chosen_by_name_keeps_the_keys_that_it_shares_with_the_files_method(method, norm):
     config = load(find_config("mini", "fedloge"), Config, [f"method={method}"])
     assert config.method.name == method
