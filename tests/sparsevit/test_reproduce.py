@@ -184,7 +184,7 @@ def test_a_report_begins_with_the_verdict_and_has_the_paired_table(tmp_path, tin
     assert "the largest change by null, flip" in text.splitlines()[2]
     assert "comparisons are judged" in text.splitlines()[4]
     titles = [line for line in text.splitlines() if line.startswith("## ")]
-    assert [title.split()[1] for title in titles] == ["Accuracy", "Accuracy", "Pruners,", "Latency", "The"]
+    assert [title.split()[1] for title in titles] == ["Accuracy", "Accuracy", "Pruners,", "Latency", "Claims"]
     rows = [line.split(" |")[0] for line in (folder / "paired.md").read_text().splitlines()[2:]]
     assert rows == ["| paper - none", "| flip - none", "| null - none", "| paper - flip"]
     printed = capsys.readouterr().out
