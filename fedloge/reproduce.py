@@ -148,6 +148,7 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     methods = asked.methods or [name for name in METHODS if name not in plan.left_out]
 
     def one(name: str) -> int:
+        """Run, report and publish one configuration; how many of its runs failed."""
         path = find_config(name, "fedloge")
         jobs = jobs_of(path, methods, asked.seeds or plan.seeds, asked.out)
         good = run_study("fedloge.train", path.stem, jobs, asked.workers)

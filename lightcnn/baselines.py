@@ -147,6 +147,7 @@ def _peer(name: str, optimizer: Literal["nadam", "one_cycle"] = "one_cycle", **o
     """A network of torchvision in the recipe of `bn_gap`."""
 
     def build(shape: ImageShape) -> Network:
+        """The network for images of this shape, one a seed."""
         return Modules(lambda seed: Peer(name, shape, seed, **options))
 
     return Baseline(build, "shift", optimizer, peak_lr=0.1, max_epochs=20)

@@ -234,6 +234,7 @@ def reproduce_budget(asked: argparse.Namespace, scale: str, command: str) -> int
     paths = {path.stem: path for path in configs_of(scale, asked.config)}
 
     def one(stem: str) -> int:
+        """Run and publish the budget study of one configuration; how many of its runs failed."""
         folder, jobs, failed = run_budget(paths[stem], asked.out, asked.workers, asked.seeds, command)
         if asked.publish:
             publish(folder, "lightcnn", stem, jobs, failed, few_seeds={TEACHER})
@@ -274,6 +275,7 @@ def run_reproduce(arguments: Sequence[str]) -> int:
         good.setdefault(path.stem, []).extend(run_study("lightcnn.train", name, own, asked.workers))
 
     def one(stem: str) -> int:
+        """Report and publish one configuration, whose runs have ended; how many of them failed."""
         path, own, failed = paths[stem], jobs[stem], len(jobs[stem]) - len(good[stem])
         folder = asked.out / "lightcnn" / f"report-{path.stem}{'-partial' if partial else ''}"
         statistics = path.stem not in WITHOUT_STATISTICS

@@ -70,6 +70,7 @@ def train_one_epoch(
     first = phase.batch
 
     def after_step(losses: LossMeter) -> None:
+        """Leave where a signal has come, with the state of this step saved."""
         try:
             run.check()
         except InterruptedRunError:

@@ -242,6 +242,7 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     studies = {study.config_path.stem: study for study in planned(asked)}
 
     def one(stem: str) -> int:
+        """Run, report and publish one study; how many of its runs failed."""
         study, jobs = studies[stem], jobs_of(studies[stem])
         good = run_study("mdcs.train", stem, jobs, asked.workers)
         report(study, good, command_line("mdcs.reproduce", arguments))

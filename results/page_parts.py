@@ -46,19 +46,24 @@ def _markdown(base: str) -> MarkdownIt:
     md = MarkdownIt("commonmark", {"html": False}).enable("table")
 
     def table_open(renderer: Any, tokens: Sequence[Any], index: int, options: Any, env: Any) -> str:
+        """A table that scrolls by itself where the screen is narrow."""
         head = ", ".join(t.content for t in _head(tokens[index:]) if t.content)
         return f"{scroll_open(f'Table: {head}')}<table>\n"
 
     def table_close(renderer: Any, tokens: Sequence[Any], index: int, options: Any, env: Any) -> str:
+        """The end of a table and of what scrolls."""
         return "</table></div>\n"
 
     def th_open(renderer: Any, tokens: Sequence[Any], index: int, options: Any, env: Any) -> str:
+        """A heading of a column, named as such for screen readers."""
         return '<th scope="col">'
 
     def td_open(renderer: Any, tokens: Sequence[Any], index: int, options: Any, env: Any) -> str:
+        """A cell, without the alignment that a style sheet gives."""
         return "<td>"
 
     def link_open(renderer: Any, tokens: Sequence[Any], index: int, options: Any, env: Any) -> str:
+        """A link as the page sees it, which lies elsewhere than the README."""
         target = str(tokens[index].attrs.get("href", ""))
         if target.startswith("#"):  # a heading of the README, which may not be on the page
             target = f"README.md{target}"

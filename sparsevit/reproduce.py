@@ -137,6 +137,7 @@ def run_reproduce(arguments: Sequence[str]) -> int:
         return run_choice(asked, plan)
 
     def one(name: str) -> int:
+        """Run, report and publish one configuration; how many of its runs failed."""
         path = find_config(name, "sparsevit")
         jobs = jobs_of(path, plan.methods, plan.seeds, asked.out)
         good = run_study("sparsevit.train", path.stem, jobs, asked.workers)
