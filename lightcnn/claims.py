@@ -54,7 +54,7 @@ COMPARISONS: tuple[Comparison, ...] = (
         headline=True,
     ),
     Comparison(
-        "Better than LeNet-5, four times as large (colour images: three times), in plain training that stops early",
+        "Better than LeNet-5, four times as large (colour images: three times), in one go for as many epochs",
         "what a well-known network reaches",
         "two_stage/accuracy",
         "lenet5/accuracy",

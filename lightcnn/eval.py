@@ -24,7 +24,7 @@ from shared.config import load
 from shared.data import ImageSet
 from shared.errors import CheckpointError, RunError
 from shared.gpu import autocast, setup
-from shared.run import read_run, state_digest, tell_changed
+from shared.run import read_metrics, read_run, state_digest, tell_changed
 
 Figure = dict[str, Any]  # seed, at, split, metric, value: a row of the results
 
@@ -217,6 +217,19 @@ def load_points(folder: Path, steps: Sequence[Step], problem: Problem) -> Points
     if tensors:
         raise CheckpointError(f"{folder / 'model'}: holds {min(tensors)}, which the run's configuration has not")
     return points
+
+
+def epochs_of(folder: Path, config: Config) -> dict[int, list[list[int]]]:
+    """The epochs of each phase of a run: seed -> lanes -> phases; where branches were taken, those that they took."""
+    phases = [row["epochs"] for row in read_metrics(folder, "phase")]
+    lanes, folds = [list(one) for one in zip(*phases, strict=True)], len(phases[0]) // config.seeds
+    found = {seed: lanes[k * folds : (k + 1) * folds] for k, seed in enumerate(config.all_seeds)}
+    if branches := config.stage1.branches:
+        before = epochs_of(branches, load(branches / "config.yaml", Config))
+        for seed, own in found.items():
+            for lane, theirs in zip(own, before[seed], strict=True):
+                lane[0] = theirs[0]
+    return found
 
 
 class Finished(NamedTuple):

@@ -3,7 +3,7 @@
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,20 +25,24 @@ class Slice:
 
     config: a name in `lightcnn/configs/`, or the path of a file.
     epochs: of the methods `AS_LONG`: what `two_stage` took there, mean over seeds, rounded up (default: all it may).
+    two_stage: seeds of the run whose branches the methods `SAME_STAGE1` take (default: as many).
     """
 
     config: str
     methods: tuple[str, ...]
     seeds: int
     epochs: int | None = None
+    two_stage: int | None = None
 
 
 CORE = ("two_stage", "scratch", "all_at_once", "two_clean", "bn_gap")
 OTHERS = ("notebook", "submodel", "wide", "scratch_one_cycle", "lenet5")
 ABLATIONS = ("literal", "a_only", "no_transfer", "linear_head", "combined_warp")
 MORE = ("scratch_mild", "scratch_augmented", "wide_one_cycle")  # no claim needs them
-# Trained in one go, and by their claim for as many epochs as the two stages: none of them stops early.
-AS_LONG = ("scratch", "submodel", "wide")
+# Trained in one go for as many epochs as the two stages: none of them stops early.
+AS_LONG = ("scratch", "scratch_mild", "scratch_augmented", "submodel", "wide", "lenet5")
+# Their stage 1 is that of `two_stage` to the bit; they take its branches.
+SAME_STAGE1 = ("all_at_once", "literal", "notebook", "a_only", "no_transfer", "linear_head")
 PEERS = ("squeezenet", "shufflenet_v2", "mobilenet_v2_010", "mobilenet_v2_025", "mobilenet_v2_035")
 # What a scale runs.
 PLANS: dict[str, tuple[Slice, ...]] = {
@@ -48,7 +52,7 @@ PLANS: dict[str, tuple[Slice, ...]] = {
         Slice("fashion_mnist", CORE, 5, epochs=57),
         Slice("mnist", CORE, 5, epochs=46),
         Slice("cifar10", CORE, 5, epochs=77),
-        Slice("fashion_mnist", (*OTHERS, *ABLATIONS, *MORE), 3, epochs=57),
+        Slice("fashion_mnist", (*OTHERS, *ABLATIONS, *MORE), 3, epochs=57, two_stage=5),
         Slice("fashion_mnist_peers", ("bn_gap", *PEERS), 3),
     ),
 }
@@ -71,10 +75,36 @@ def jobs_of(part: Slice, path: Path, out: Path) -> "list[Job]":
         overrides = [f"method={method}"] if method != config.method.name else []
         overrides += [f"seeds={part.seeds}"] if part.seeds != config.seeds else []
         overrides += equal_epochs(method, config, part.epochs)
+        if method in SAME_STAGE1:
+            overrides.append(f"stage1.branches={shown(two_stage_job(part, path, out).folder)}")
         folder = out / "lightcnn" / folder_name(path.stem, method, config.seed, overrides)
         arguments = ("--config", shown(path), "--out", str(out), *overrides)
         jobs.append(Job(method, config.seed, folder, arguments, config.device))
     return jobs
+
+
+def two_stage_job(part: Slice, path: Path, out: Path) -> "Job":
+    """The run that trains the branches which a part's methods take; its own, or that of another part."""
+    (job,) = jobs_of(replace(part, methods=("two_stage",), seeds=part.two_stage or part.seeds), path, out)
+    return job
+
+
+def waves(parts: Sequence[tuple[Slice, Path]], out: Path) -> "Iterator[tuple[str, list[Job]]]":
+    """What is run first, and then what takes the branches of a run among those, whether it was asked for or not.
+
+    The last of a plan take longest and are begun with, so that no core waits long for the end of another's.
+    """
+    first: dict[Path, Job] = {}
+    second: dict[Path, Job] = {}
+    for part, path in parts:
+        jobs = jobs_of(part, path, out)
+        taking = [job for job in jobs if job.group in SAME_STAGE1]
+        trained = [job for job in jobs if job not in taking] + [two_stage_job(part, path, out)] * bool(taking)
+        first |= {job.folder: job for job in trained}
+        second |= {job.folder: job for job in taking}
+    for name, wave in (("", first), (", with the branches of two_stage", second)):
+        if wave:
+            yield name, list(wave.values())[::-1]
 
 
 def equal_epochs(method: str, config: "Config", epochs: int | None) -> list[str]:
@@ -196,7 +226,9 @@ def chosen_slices(asked: argparse.Namespace, scale: str) -> list[Slice]:
         parts = [replace(part, config=asked.config) for part in own]
     if asked.methods:
         parts = narrowed(parts, asked.methods, 3 if scale == "paper" else parts[0].seeds)
-    return [replace(part, seeds=asked.seeds or part.seeds) for part in parts]
+    if asked.seeds:
+        parts = [replace(part, seeds=asked.seeds, two_stage=None) for part in parts]
+    return parts
 
 
 def narrowed(parts: Sequence[Slice], methods: Sequence[str], seeds: int) -> list[Slice]:
@@ -206,7 +238,7 @@ def narrowed(parts: Sequence[Slice], methods: Sequence[str], seeds: int) -> list
         own = [part for part in parts if part.config == config]
         planned = {method for part in own for method in part.methods}
         others = tuple(method for method in methods if method not in planned)
-        found.append(replace(own[0], methods=others, seeds=seeds))
+        found.append(replace(own[0], methods=others, seeds=seeds, two_stage=own[0].seeds))
     return [part for part in found if part.methods]
 
 
@@ -263,28 +295,28 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     if asked.study == "budget":
         return reproduce_budget(asked, scale, command_line("lightcnn.reproduce", arguments))
     partial = check_study(asked, METHODS)
-    parts = chosen_slices(asked, scale)
-    paths = dict[str, Path]()
-    jobs: dict[str, list[Job]] = {}
-    good: dict[str, list[Job]] = {}
-    for part in parts:
-        path = find_config(part.config, "lightcnn")
-        own, paths[path.stem] = jobs_of(part, path, asked.out), path
-        jobs.setdefault(path.stem, []).extend(own)
-        name = f"{path.stem}, {part.seeds} seeds a run"
-        good.setdefault(path.stem, []).extend(run_study("lightcnn.train", name, own, asked.workers))
+    parts = [(part, find_config(part.config, "lightcnn")) for part in chosen_slices(asked, scale)]
+    jobs: dict[Path, list[Job]] = {}
+    for part, path in parts:
+        jobs.setdefault(path, []).extend(jobs_of(part, path, asked.out))
+    good: list[Job] = []
+    for name, wave in waves(parts, asked.out):
+        good += run_study("lightcnn.train", f"{scale}{name}", wave, asked.workers)
+    paths = {path.stem: path for path in jobs}
 
     def one(stem: str) -> int:
         """Report and publish one configuration, whose runs have ended; how many of them failed."""
-        path, own, failed = paths[stem], jobs[stem], len(jobs[stem]) - len(good[stem])
+        path, own = paths[stem], jobs[paths[stem]]
+        done = [job for job in own if job in good]
+        failed = len(own) - len(done)
         folder = asked.out / "lightcnn" / f"report-{path.stem}{'-partial' if partial else ''}"
         statistics = path.stem not in WITHOUT_STATISTICS
-        report(path, good[stem], statistics, folder, command_line("lightcnn.reproduce", arguments))
+        report(path, done, statistics, folder, command_line("lightcnn.reproduce", arguments))
         if asked.publish:
             publish(folder, "lightcnn", stem, own, failed)
         return failed
 
-    return 1 if run_configurations(list(jobs), one) else 0
+    return 1 if run_configurations(list(paths), one) else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

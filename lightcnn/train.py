@@ -114,18 +114,15 @@ def finish(
     from lightcnn import eval as evaluation
     from lightcnn.problem import load_test
     from shared.gpu import resolve_precision
-    from shared.run import read_metrics, state_digest
+    from shared.run import state_digest
 
     device = problem.images.device
     tensors = evaluation.save_points(run.folder / "model", steps, points, problem, config)
     test = load_test(config)
     figures, details = evaluation.evaluate(steps, points, problem, test, config)
     figures += evaluation.once(evaluation.sizes(steps, points, problem), config.all_seeds)
-    phases = read_metrics(run.folder, "phase")
-    for seed in config.all_seeds:
-        own = [number for number, lane in enumerate(problem.lanes) if lane.seed == seed]
-        total = max(sum(row["epochs"][number] for row in phases) for number in own)
-        figures += evaluation.once({"epochs.run": total}, [seed])
+    for seed, lanes in evaluation.epochs_of(run.folder, config).items():
+        figures += evaluation.once({"epochs.run": max(map(sum, lanes))}, [seed])
     digests = {"train": problem.digest, "test": test.digest}
     return run.finish(
         {

@@ -30,7 +30,7 @@ def source(tmp_path_factory):
 
 def figures(folder):
     rows = json.loads((folder / "results.json").read_text())["figures"]
-    return {(row["seed"], row["metric"]): row["value"] for row in rows if not row["metric"].startswith("epochs.")}
+    return {(row["seed"], row["metric"]): row["value"] for row in rows}
 
 
 def test_a_variant_from_trained_branches_is_the_variant_trained_whole_to_the_bit(source, tmp_path):
@@ -77,6 +77,16 @@ def test_branches_can_be_taken_from_a_run_that_took_them_itself(source, tmp_path
     first = trained(tmp_path / "first", "method=a_only", f"stage1.branches={source}")
     second = trained(tmp_path / "second", "method=a_only", f"stage1.branches={first}")
     assert figures(first) == figures(second)
+
+
+def test_the_epochs_of_folds_count_those_of_their_own_branches(tmp_path):
+    settings = ("method={name: two_stage, kfold: honest, folds: 2}", "seeds=2", "stage1={epochs: 6, patience: 1}")
+    whole = trained(tmp_path / "whole", *settings)
+    taken = trained(tmp_path / "taken", *settings, f"stage1.branches={whole}")
+    lanes = [sum(lane) for lane in zip(*(row["epochs"] for row in read_metrics(whole, "phase")), strict=True)]
+    assert len(set(lanes)) > 1, "stage 1 stops at another epoch in each fold"
+    assert figures(whole) == figures(taken)
+    assert [figures(taken)[seed, "epochs.run"] for seed in (0, 1)] == [max(lanes[:2]), max(lanes[2:])]
 
 
 def test_a_run_without_branches_is_refused(tmp_path, capsys):

@@ -10,9 +10,11 @@ from lightcnn.baselines import BASELINES
 from lightcnn.claims import all_claims, peer_claims
 from lightcnn.config import Config
 from lightcnn.reproduce import (
+    AS_LONG,
     CORE,
     PEERS,
     PLANS,
+    SAME_STAGE1,
     Slice,
     chosen_slices,
     jobs_of,
@@ -20,6 +22,7 @@ from lightcnn.reproduce import (
     methods_table,
     study_rows,
     unequal_epochs,
+    waves,
 )
 from shared.claims import Comparison
 from shared.cli import find_config
@@ -61,7 +64,9 @@ def configs_of(part, tmp_path):
 
 
 def total_epochs(config, problem):
-    return sum(step.phase.epochs for step in plan(config, problem))
+    """Those of a stage 1 that is taken from another run included."""
+    taken = config.stage1.epochs if config.stage1.branches else 0
+    return taken + sum(step.phase.epochs for step in plan(config, problem))
 
 
 @pytest.mark.parametrize("scale", PLANS)
@@ -70,7 +75,7 @@ def test_what_is_compared_over_as_many_epochs_has_them_and_does_not_stop_early(s
     for part in PLANS[scale]:
         configs = configs_of(part, tmp_path)
         nominal = nominal_epochs(next(iter(configs.values())))
-        for method in {"scratch", "submodel", "wide"} & set(configs):
+        for method in set(AS_LONG) & set(configs):
             (step,) = plan(configs[method], problem)
             assert step.phase.patience == 0
             assert step.phase.epochs == (part.epochs or nominal)
@@ -79,6 +84,42 @@ def test_what_is_compared_over_as_many_epochs_has_them_and_does_not_stop_early(s
             found = {m: total_epochs(c, problem) for m, c in configs.items()}
             assert found.pop("bn_gap") == 20
             assert set(found.values()) == {28}
+
+
+def test_what_takes_the_branches_of_two_stage_would_train_the_same(config_of, problem_of):
+    problem = problem_of(config_of())
+
+    def stage1(method):
+        step = plan(config_of(f"method={method}"), problem)[0]
+        return step.phase, step.images, step.batch_size, step.keep
+
+    assert {method for method in VARIANTS if stage1(method) == stage1("two_stage")} == set(SAME_STAGE1)
+
+
+def configs_by_folder(wave):
+    """Of each run: its method and its configuration."""
+    return {job.folder: (job.group, load(find_config(job.arguments[1], "lightcnn"), Config, job.arguments[4:]))
+            for job in wave}  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", PLANS)
+@pytest.mark.parametrize("methods", [None, ["a_only", "scratch"], ["lenet5"]])
+def test_branches_are_trained_before_they_are_taken_and_have_all_seeds(scale, methods, tmp_path):
+    parts = chosen_slices(Namespace(config=None, methods=methods, seeds=None), scale)
+    found = [(part, find_config(part.config, "lightcnn")) for part in parts]
+    (first, *second) = [configs_by_folder(wave) for _, wave in waves(found, tmp_path)]
+    asked = {job.folder for part, path in found for job in jobs_of(part, path, tmp_path)}
+    taken = set()
+    for folder, (method, config) in {**first, **(second[0] if second else {})}.items():
+        assert (folder in first) == (method not in SAME_STAGE1) == (config.stage1.branches is None)
+        if config.stage1.branches is not None:
+            donor, theirs = first[config.stage1.branches]
+            taken.add(config.stage1.branches)
+            assert donor == "two_stage"
+            assert set(config.all_seeds) <= set(theirs.all_seeds)
+            assert theirs.data == config.data
+    assert set(first) | set().union(*second) == asked | taken
+    assert bool(second) == (methods != ["lenet5"])
 
 
 def test_a_file_of_ones_own_is_what_is_run_under_the_plan_of_its_name(tmp_path):
