@@ -166,10 +166,13 @@ def trained_before(stage1: Step, config: Config, problem: Problem) -> Step:
 
         run = open_run(folder, problem)
         own = run.config.model_copy(update={"stage1": run.config.stage1.model_copy(update={"branches": None})})
-        (theirs, wanted) = ((s.points, s.phase, s.images, s.batch_size, c.precision)
-                            for s, c in ((plan(own, run.problem)[0], own), (stage1, config)))  # fmt: skip
-        if theirs != wanted:
-            raise RunError(f"{folder}: has no branches of this stage 1 (epochs, augmentation, batches, precision)")
+        theirs, wanted = what_trains(plan(own, run.problem)[0], own), what_trains(stage1, config)
+        if "branches" not in theirs:
+            raise RunError(f"{folder}: has no branches, for its method is {run.config.method.name}; name another run")
+        if others := [
+            f"{key} is {theirs[key]} there, {wanted[key]} here" for key in wanted if theirs[key] != wanted[key]
+        ]:
+            raise RunError(f"{folder}: has another stage 1: {'; '.join(others)}; leave stage1.branches out to train it")
         rows = {(lane.seed, lane.fold): row for row, lane in enumerate(run.problem.lanes)}
         if missing := {lane.seed for lane in lanes} - {lane.seed for lane in run.problem.lanes}:
             seeds = ", ".join(map(str, run.config.all_seeds))
@@ -183,6 +186,18 @@ def trained_before(stage1: Step, config: Config, problem: Problem) -> Step:
         return stack([unstack(run.points[p], rows[lane.seed, lane.fold]) for lane in lanes for p in BRANCHES])
 
     return replace(stage1, phase=replace(stage1.phase, epochs=0), begin=begin)
+
+
+def what_trains(step: Step, config: Config) -> dict[str, str]:
+    """What the branches of a step depend on, beside seeds and training images, by the setting's name."""
+    if step.points != BRANCHES:
+        return {}
+    changed = [images.ranges and f"{images.ranges}, {images.warp}" for images in step.images]
+    found = {
+        "stage1.epochs": step.phase.epochs, "stage1.patience": step.phase.patience, "batch_size": step.batch_size,
+        "precision": config.precision, "branches": " and ".join(text or "clean images" for text in changed),
+    }  # fmt: skip
+    return {key: str(value) for key, value in found.items()}
 
 
 def merge_branches(network: Submodels, settings: TwoStageConfig) -> Callable[[Points, Sequence[Lane]], Stack]:

@@ -68,12 +68,12 @@ class LayoutNet(nn.Module):
         """Initialise from `seed` alone; ConfigError for a layout that cannot be built."""
         super().__init__()
         if not re.fullmatch(LAYOUT, layout):
-            raise ConfigError(f"layout: {layout!r} cannot be read; write blocks such as 'c16 s32 P s48'")
+            raise ConfigError(f"method.layout: {layout!r} cannot be read; write blocks such as 'c16 s32 P s48'")
         blocks, width = list[nn.Module](), shape.in_channels
         for token in layout.split():
             kind, after = token[0], int(token[1:] or width)
             if kind == "r" and after != width:
-                raise ConfigError(f"layout: {token} adds its input, which has {width} channels; write r{width}")
+                raise ConfigError(f"method.layout: {token} adds its input, which has {width} channels; write r{width}")
             blocks.append({
                 "P": lambda a, b: nn.MaxPool2d(2),
                 "c": lambda a, b: Convolution(a, b, 3),
@@ -83,7 +83,9 @@ class LayoutNet(nn.Module):
             }[kind](width, after))  # fmt: skip
             width = after
         if shape.image_size >> layout.split().count("P") < 1:
-            raise ConfigError(f"layout: {layout.count('P')} pools leave nothing of {shape.image_size} pixels")
+            raise ConfigError(
+                f"method.layout: {layout.count('P')} pools leave nothing of {shape.image_size} pixels; take one out"
+            )
         self.blocks, self.fc = nn.Sequential(*blocks), linear(width, shape.num_classes)
         generator = Generator().manual_seed(seed)
         for module in self.modules():

@@ -84,6 +84,12 @@ COMPARISONS: tuple[Comparison, ...] = (
         "notebook/accuracy",
     ),
     Comparison(
+        "Stage 2 that begins with the whole new head is better than one that begins with its last layer",
+        "a literal reading of \"from the last layer\"",
+        "two_stage/accuracy",
+        "literal/accuracy",
+    ),
+    Comparison(
         "Transferring both heads is better than one",
         "the notebook forgets head b",
         "two_stage/accuracy",

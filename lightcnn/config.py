@@ -105,8 +105,8 @@ class BudgetConfig(Section):
     optimizer: Literal["nadam", "one_cycle"] = "one_cycle"
     epochs: int = Field(30, ge=1)
     batch_size: int = Field(128, ge=2)
-    peak_lr: Positive = Field(0.2, description="the highest rate of one-cycle SGD")
-    decay: float = Field(0.005, ge=0, description="decoupled weight decay of one-cycle SGD, as a share of the rate")
+    peak_lr: Positive = Field(0.2, description="the highest rate of one-cycle SGD (Nadam's is 0.001)")
+    decay: float = Field(0.005, ge=0, description="decoupled weight decay of one-cycle SGD (Nadam has none)")
     shift: int = Field(0, ge=0, description="the largest shift of a training image, in pixels")
     flip: bool = Field(False, description="whether training images are mirrored left to right")
     rotation: Share = Field(0.0, description="the largest rotation, in turns")

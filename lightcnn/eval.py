@@ -224,12 +224,23 @@ def epochs_of(folder: Path, config: Config) -> dict[int, list[list[int]]]:
     phases = [row["epochs"] for row in read_metrics(folder, "phase")]
     lanes, folds = [list(one) for one in zip(*phases, strict=True)], len(phases[0]) // config.seeds
     found = {seed: lanes[k * folds : (k + 1) * folds] for k, seed in enumerate(config.all_seeds)}
-    if branches := config.stage1.branches:
-        before = epochs_of(branches, load(branches / "config.yaml", Config))
+    for taken in read_metrics(folder, "branches"):
         for seed, own in found.items():
-            for lane, theirs in zip(own, before[seed], strict=True):
-                lane[0] = theirs[0]
+            for lane, epochs in zip(own, taken["epochs"][str(seed)], strict=True):
+                lane[0] = epochs
     return found
+
+
+def origin_of(branches: Path) -> dict[str, Any]:
+    """What a run says of the branches that it takes: whose they are, and the epochs that they took, by seed and fold.
+
+    Raises:
+        RunError: there is no finished run.
+    """
+    digest = read_run(branches, "lightcnn", data={"digests": dict})["model_digest"]
+    epochs = epochs_of(branches, load(branches / "config.yaml", Config))
+    return {"run": branches.name, "model_digest": digest,
+            "epochs": {str(seed): [lane[0] for lane in lanes] for seed, lanes in epochs.items()}}  # fmt: skip
 
 
 class Finished(NamedTuple):

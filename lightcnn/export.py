@@ -60,7 +60,7 @@ def take(asked: argparse.Namespace) -> Portable:
     if not in_folds:
         wanted.add("validation")
     else:  # then a validation figure means nothing, and does not leave the house
-        chosen = "early stopping kept in the last fold"
+        chosen = "the last fold's validation images chose"
         how = "as it went on through all folds, it saw most of the images that chose its epochs"
     return Portable(
         network=network, architecture={**architecture, "network": type(network).__name__}, choice=folder.name,

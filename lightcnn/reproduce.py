@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ def jobs_of(part: Slice, path: Path, out: Path) -> "list[Job]":
         overrides += [f"seeds={part.seeds}"] if part.seeds != config.seeds else []
         overrides += equal_epochs(method, config, part.epochs)
         if method in SAME_STAGE1:
-            overrides.append(f"stage1.branches={shown(two_stage_job(part, path, out).folder)}")
+            overrides.append(f"stage1.branches={two_stage_job(part, path, out).folder}")
         folder = out / "lightcnn" / folder_name(path.stem, method, config.seed, overrides)
         arguments = ("--config", shown(path), "--out", str(out), *overrides)
         jobs.append(Job(method, config.seed, folder, arguments, config.device))
@@ -92,19 +93,21 @@ def two_stage_job(part: Slice, path: Path, out: Path) -> "Job":
 def waves(parts: Sequence[tuple[Slice, Path]], out: Path) -> "Iterator[tuple[str, list[Job]]]":
     """What is run first, and then what takes the branches of a run among those, whether it was asked for or not.
 
-    The last of a plan take longest and are begun with, so that no core waits long for the end of another's.
+    The configurations go by turns: where the images of one are missing, the runs of another are not given up as well.
+    The last of each is begun with, for `two_stage`, which is short, is its first: no core waits long at the end.
     """
-    first: dict[Path, Job] = {}
-    second: dict[Path, Job] = {}
+    first: dict[Path, dict[Path, Job]] = {}
+    second: dict[Path, dict[Path, Job]] = {}
     for part, path in parts:
         jobs = jobs_of(part, path, out)
         taking = [job for job in jobs if job.group in SAME_STAGE1]
         trained = [job for job in jobs if job not in taking] + [two_stage_job(part, path, out)] * bool(taking)
-        first |= {job.folder: job for job in trained}
-        second |= {job.folder: job for job in taking}
+        for wave, own in ((first, trained), (second, taking)):
+            wave[path] = {job.folder: job for job in own} | wave.get(path, {})
     for name, wave in (("", first), (", with the branches of two_stage", second)):
-        if wave:
-            yield name, list(wave.values())[::-1]
+        turns = zip_longest(*(list(own.values())[::-1] for own in wave.values()))
+        if queue := [job for turn in turns for job in turn if job is not None]:
+            yield name, queue
 
 
 def equal_epochs(method: str, config: "Config", epochs: int | None) -> list[str]:

@@ -25,6 +25,7 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
     """
     from lightcnn import state, training
     from lightcnn.algorithm import plan
+    from lightcnn.eval import origin_of
     from lightcnn.problem import load_problem
     from shared.gpu import setup
 
@@ -34,6 +35,8 @@ def train(config: "Config", run: "Run[Config]", previous: bool = False) -> dict[
     saved = run.restore(previous)
     if saved is None:
         run.log("start", **problem.facts())
+        if config.stage1.branches:
+            run.log("branches", **origin_of(config.stage1.branches))
         saved = {"step": 0, "points": {}, "training": None}
     else:
         run.check_data({"train": problem.digest})

@@ -1,13 +1,15 @@
 """Stage 2 from the branches of another run: what training stage 1 again would give, and nothing that does not fit."""
 
 import json
+import shutil
 
 import pytest
 
 from lightcnn.eval import main as eval_main
-from lightcnn.train import main
+from lightcnn.train import main, train
 from shared.checkpoint import load_model
-from shared.run import read_metrics
+from shared.errors import InterruptedRunError
+from shared.run import Run, read_metrics
 
 OVERRIDES = (
     "data={name: sample, val_images: 50, val_from: each_class, train_images: 130, test_images: 200}",
@@ -50,8 +52,10 @@ def test_a_variant_from_trained_branches_is_the_variant_trained_whole_to_the_bit
 @pytest.mark.parametrize(
     ("override", "message"),
     [("data.train_images=120", "not trained on this run's images"), ("seeds=4", "has no branches of seed 3"),
-     ("stage1.epochs=3", "no branches of this stage 1"), ("method=two_clean", "no branches of this stage 1"),
-     ("augment.zoom=0.1", "no branches of this stage 1"), ("precision=bfloat16", "no branches of this stage 1"),
+     ("stage1.epochs=3", "another stage 1: stage1.epochs is 2 there, 3 here; leave stage1.branches out"),
+     ("stage1.patience=2", "stage1.patience is 5 there, 2 here"), ("batch_size=16", "batch_size is 32 there, 16 here"),
+     ("method=two_clean", "there, clean images and clean images here"), ("augment.zoom=0.1", "zoom=0.1, shift=0.2"),
+     ("precision=bfloat16", "precision is float32 there, bfloat16 here"),
      ("method={name: two_stage, kfold: honest, folds: 2}", "seed 0 saw other images (method.kfold, method.folds)"),
      ("method=scratch", "has no stage 1")],
 )  # fmt: skip
@@ -89,10 +93,51 @@ def test_the_epochs_of_folds_count_those_of_their_own_branches(tmp_path):
     assert [figures(taken)[seed, "epochs.run"] for seed in (0, 1)] == [max(lanes[:2]), max(lanes[2:])]
 
 
+def test_three_seeds_take_the_branches_of_five_that_stopped_at_other_epochs(tmp_path):
+    stage1 = "stage1={epochs: 6, patience: 1}"
+    five = trained(tmp_path / "five", "seeds=5", stage1)
+    whole = trained(tmp_path / "whole", "method=no_transfer", stage1)
+    taken = trained(tmp_path / "taken", "method=no_transfer", stage1, f"stage1.branches={five}")
+    (phase,) = (row for row in read_metrics(five, "phase") if row["phase"] == "stage1")
+    assert len(set(phase["epochs"])) > 1
+    tensors, again = (load_model(folder / "model" / "points")[0] for folder in (whole, taken))
+    assert all(tensors[name].equal(again[name]) for name in tensors)
+    assert figures(whole) == figures(taken)
+
+
+def test_a_run_says_whose_branches_it_took_and_needs_them_no_more(source, tmp_path, config_of, monkeypatch):
+    """Stopped in stage 2, it goes on to the same bits where the other run is gone."""
+    there = shutil.copytree(source, tmp_path / "there")
+    config = config_of("method=a_only", *OVERRIDES, f"stage1.branches={there}")
+    with Run(tmp_path / "whole", config, "test") as run:
+        train(config, run)
+    steps = iter(range(7))  # of stage 2, five an epoch
+
+    def stop(run):
+        if next(steps, None) is None:
+            raise InterruptedRunError(2, run.folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "check", stop)
+        with pytest.raises(InterruptedRunError), Run(tmp_path / "stopped", config, "test") as run:
+            train(config, run)
+    shutil.rmtree(there)
+    with Run(tmp_path / "stopped", config, "test") as run:
+        train(config, run)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert figures(whole) == figures(stopped)
+    tensors, again = (load_model(folder / "model" / "points")[0] for folder in (whole, stopped))
+    assert all(tensors[name].equal(again[name]) for name in tensors)
+    (origin,) = read_metrics(stopped, "branches")
+    results = json.loads((source / "results.json").read_text())
+    assert (origin["run"], origin["model_digest"]) == ("there", results["model_digest"])
+    assert origin["epochs"] == {"0": [2], "1": [2], "2": [2]}
+
+
 def test_a_run_without_branches_is_refused(tmp_path, capsys):
     baseline = trained(tmp_path / "baseline", "method=scratch", "plain.epochs=1")
     command = ["--config", "lightcnn/configs/smoke.yaml", "--out", str(tmp_path), *OVERRIDES]
     assert main([*command, f"stage1.branches={baseline}"]) == 2
-    assert "no branches" in capsys.readouterr().err
+    assert "has no branches, for its method is scratch; name another run" in capsys.readouterr().err
     assert main([*command, f"stage1.branches={tmp_path / 'nowhere'}"]) == 2
     assert "nowhere" in capsys.readouterr().err

@@ -122,6 +122,17 @@ def test_branches_are_trained_before_they_are_taken_and_have_all_seeds(scale, me
     assert bool(second) == (methods != ["lenet5"])
 
 
+def test_the_configurations_of_a_plan_go_by_turns(tmp_path):
+    """Three runs that fail alike and none that ends well end a wave: those of missing images must not come first."""
+    parts = [(part, find_config(part.config, "lightcnn")) for part in PLANS["paper"]]
+    (_, first), (_, second) = waves(parts, tmp_path)
+    (some, taking) = ([job.arguments[1].rpartition("/")[2] for job in wave] for wave in (first, second))
+    assert set(some[:4]) == {"fashion_mnist.yaml", "mnist.yaml", "cifar10.yaml", "fashion_mnist_peers.yaml"}
+    assert set(taking[:3]) == {"fashion_mnist.yaml", "mnist.yaml", "cifar10.yaml"}
+    groups = [job.group for job in first if job.arguments[1].endswith("/mnist.yaml")]
+    assert groups == ["bn_gap", "two_clean", "scratch", "two_stage"], "the longest first"
+
+
 def test_a_file_of_ones_own_is_what_is_run_under_the_plan_of_its_name(tmp_path):
     own = tmp_path / "mini.yaml"
     own.write_text(find_config("mini", "lightcnn").read_text().replace("train_images: 4000", "train_images: 1000"))
