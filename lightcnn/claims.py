@@ -85,7 +85,7 @@ COMPARISONS: tuple[Comparison, ...] = (
     ),
     Comparison(
         "Stage 2 that begins with the whole new head is better than one that begins with its last layer",
-        "a literal reading of \"from the last layer\"",
+        'a literal reading of "from the last layer"',
         "two_stage/accuracy",
         "literal/accuracy",
     ),

@@ -3,7 +3,7 @@
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -76,11 +76,11 @@ def jobs_of(part: Slice, path: Path, out: Path) -> "list[Job]":
         overrides = [f"method={method}"] if method != config.method.name else []
         overrides += [f"seeds={part.seeds}"] if part.seeds != config.seeds else []
         overrides += equal_epochs(method, config, part.epochs)
-        if method in SAME_STAGE1:
-            overrides.append(f"stage1.branches={two_stage_job(part, path, out).folder}")
+        branches = two_stage_job(part, path, out).folder if method in SAME_STAGE1 else None
+        overrides += [f"stage1.branches={branches}"] if branches else []
         folder = out / "lightcnn" / folder_name(path.stem, method, config.seed, overrides)
         arguments = ("--config", shown(path), "--out", str(out), *overrides)
-        jobs.append(Job(method, config.seed, folder, arguments, config.device))
+        jobs.append(Job(method, config.seed, folder, arguments, config.device, after=branches))
     return jobs
 
 
@@ -90,24 +90,20 @@ def two_stage_job(part: Slice, path: Path, out: Path) -> "Job":
     return job
 
 
-def waves(parts: Sequence[tuple[Slice, Path]], out: Path) -> "Iterator[tuple[str, list[Job]]]":
-    """What is run first, and then what takes the branches of a run among those, whether it was asked for or not.
+def queue_of(parts: Sequence[tuple[Slice, Path]], out: Path) -> "list[Job]":
+    """All runs of a plan, and those whose branches they take, whether these were asked for or not.
 
     The configurations go by turns: where the images of one are missing, the runs of another are not given up as well.
     The last of each is begun with, for `two_stage`, which is short, is its first: no core waits long at the end.
     """
-    first: dict[Path, dict[Path, Job]] = {}
-    second: dict[Path, dict[Path, Job]] = {}
+    runs: dict[Path, dict[Path, Job]] = {}
     for part, path in parts:
         jobs = jobs_of(part, path, out)
-        taking = [job for job in jobs if job.group in SAME_STAGE1]
-        trained = [job for job in jobs if job not in taking] + [two_stage_job(part, path, out)] * bool(taking)
-        for wave, own in ((first, trained), (second, taking)):
-            wave[path] = {job.folder: job for job in own} | wave.get(path, {})
-    for name, wave in (("", first), (", with the branches of two_stage", second)):
-        turns = zip_longest(*(list(own.values())[::-1] for own in wave.values()))
-        if queue := [job for turn in turns for job in turn if job is not None]:
-            yield name, queue
+        if any(job.after for job in jobs):
+            jobs.append(two_stage_job(part, path, out))
+        runs.setdefault(path, {}).update({job.folder: job for job in jobs})
+    turns = zip_longest(*(list(own.values())[::-1] for own in runs.values()))
+    return [job for turn in turns for job in turn if job is not None]
 
 
 def equal_epochs(method: str, config: "Config", epochs: int | None) -> list[str]:
@@ -302,9 +298,7 @@ def run_reproduce(arguments: Sequence[str]) -> int:
     jobs: dict[Path, list[Job]] = {}
     for part, path in parts:
         jobs.setdefault(path, []).extend(jobs_of(part, path, asked.out))
-    good: list[Job] = []
-    for name, wave in waves(parts, asked.out):
-        good += run_study("lightcnn.train", f"{scale}{name}", wave, asked.workers)
+    good = run_study("lightcnn.train", scale, queue_of(parts, asked.out), asked.workers)
     paths = {path.stem: path for path in jobs}
 
     def one(stem: str) -> int:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -164,8 +164,7 @@ class Files(Batches):
         if draws is not None:
             return random_resized_crop(image, self.size, draws)
         image = functional.center_crop(functional.resize(image, [round(self.size * 256 / 224)]), [self.size, self.size])
-        pixels: Tensor = functional.pil_to_tensor(image).contiguous()
-        return pixels
+        return cast(Tensor, functional.pil_to_tensor(image).contiguous())
 
     def _collected(self, jobs: Iterator[tuple[Tensor, Iterator[Tensor]]]) -> Iterator[tuple[Tensor, Tensor]]:
         device, waiting = self.labels.device, deque(islice(jobs, self.ahead))
@@ -187,8 +186,7 @@ def random_resized_crop(image: "Image.Image", size: int, draws: Tensor) -> Tenso
     left, top, right, bottom = _random_box(*image.size, draws[:10].tolist())
     image = functional.resized_crop(image, top, left, bottom - top, right - left, [size, size])
     image = functional.hflip(image) if draws[10, 0] < 0.5 else image
-    pixels: Tensor = functional.pil_to_tensor(image).contiguous()
-    return pixels
+    return cast(Tensor, functional.pil_to_tensor(image).contiguous())
 
 
 def _random_box(width: int, height: int, tries: list[list[float]]) -> tuple[int, int, int, int]:

@@ -35,7 +35,8 @@ Scale = Literal["smoke", "mini", "paper"]
 class Job:
     """One run of a study: `module.main(arguments)`, which writes `folder`; jobs of a `group` take about as long.
 
-    `device` is the configuration's.
+    `device` is the configuration's. The job waits until the one whose folder `after` names has ended, if that is one of
+    the study: it begins with what that one leaves.
     """
 
     group: str
@@ -43,6 +44,7 @@ class Job:
     folder: Path
     arguments: tuple[str, ...]
     device: str = "auto"
+    after: Path | None = None
 
     @property
     def name(self) -> str:
@@ -93,8 +95,10 @@ def run_jobs(module: str, jobs: Sequence[Job], workers: int = 0) -> dict[str, Ou
     with _surroundings(), display.bar:
         try:
             while waiting or running:
-                while waiting and len(running) < workers:
-                    running.append(_start(context, module, waiting.pop(0)))
+                pending = {job.folder for job in (*waiting, *(item.job for item in running))}
+                for job in [job for job in waiting if job.after not in pending][: workers - len(running)]:
+                    waiting.remove(job)
+                    running.append(_start(context, module, job))
                 for item in [item for item in running if item.process.exitcode is not None]:
                     running.remove(item)
                     outcomes[item.job.name] = outcome = _outcome(item)
@@ -153,10 +157,9 @@ def run_configurations(names: Sequence[str], one: Callable[[str], int]) -> int:
 
 def finished(jobs: Sequence[Job]) -> list[Job]:
     """Those that have results; RunError if there are none."""
-    done = [job for job in jobs if (job.folder / "results.json").exists()]
-    if not done:
-        raise RunError("no run of the study has finished; the lines above say why")
-    return done
+    if done := [job for job in jobs if (job.folder / "results.json").exists()]:
+        return done
+    raise RunError("no run of the study has finished; the lines above say why")
 
 
 def forecast(

@@ -12,21 +12,23 @@ from lightcnn.method import lane_losses
 from tests.lightcnn.stacks import largest_difference
 
 
-@pytest.mark.parametrize("phases", [2, 3, 4])
-def test_the_next_phase_starts_where_the_kept_epoch_ended(config_of, problem_of, run_phases, phases):
+@pytest.mark.parametrize(
+    ("method", "phases"), [("two_stage", 2), ("two_stage", 3), ("two_stage", 4), ("literal", 2), ("notebook", 2)]
+)
+def test_the_next_phase_starts_where_the_kept_epoch_ended(config_of, problem_of, run_phases, method, phases):
     """The loss just after a transition is the one just before it: nothing but the kept weights goes over."""
-    config = config_of("stage2.max_epochs=3")
+    config = config_of("stage2.max_epochs=3", f"method={method}")
     problem = problem_of(config)
     points, states, _ = run_phases(config, problem, phases)
-    step = plan(config, problem)[phases]
+    before, step = plan(config, problem)[phases - 1 : phases + 1]
     after = training.begin(step, points, problem, config)
     assert largest_difference(after.weights, states[-1].kept) == 0
-    assert largest_difference(points[f"P{phases - 1}"], states[-1].kept) == 0
+    assert largest_difference(points[before.phase.name], states[-1].kept) == 0
     assert not after.optimizer.state, "a fresh optimiser"
     state = states[-1]
     state.weights, state.active = state.kept, [0, 1]
-    before = validation_losses(state, problem)
-    torch.testing.assert_close(validation_losses(after, problem), before, atol=1e-6, rtol=0)
+    losses = validation_losses(state, problem)
+    torch.testing.assert_close(validation_losses(after, problem), losses, atol=1e-6, rtol=0)
     assert training.validate(state, problem, config) == training.validate(after, problem, config)
     assert training.validate(after, problem, config) == [stop.kept for stop in state.stops]
 

@@ -36,7 +36,13 @@ def test_the_networks_have_the_papers_parameters_and_no_buffer(channels, size, s
 def test_shapes_and_empty_batches(channels, size, single, merged, side, batch):
     images = torch.rand(batch, channels, size, size)
     branch = Submodel(channels, size)
-    assert feature_side(size) == side
+    sides = {28: [26, 13, 11, 5], 32: [30, 15, 13, 6]}[size]
+    first = branch.conv1(images)
+    second = branch.conv2(functional.max_pool2d(first, 2))
+    assert [
+        x.shape[-1] for x in (first, functional.max_pool2d(first, 2), second, functional.max_pool2d(second, 2))
+    ] == sides
+    assert feature_side(size) == side == sides[-1]
     assert branch.features(images).shape == (batch, 20, side, side)
     assert branch(images).shape == MergedCNN(channels, size)(images).shape == (batch, 10)
 

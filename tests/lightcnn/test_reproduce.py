@@ -20,9 +20,9 @@ from lightcnn.reproduce import (
     jobs_of,
     main,
     methods_table,
+    queue_of,
     study_rows,
     unequal_epochs,
-    waves,
 )
 from shared.claims import Comparison
 from shared.cli import find_config
@@ -96,41 +96,35 @@ def test_what_takes_the_branches_of_two_stage_would_train_the_same(config_of, pr
     assert {method for method in VARIANTS if stage1(method) == stage1("two_stage")} == set(SAME_STAGE1)
 
 
-def configs_by_folder(wave):
-    """Of each run: its method and its configuration."""
-    return {job.folder: (job.group, load(find_config(job.arguments[1], "lightcnn"), Config, job.arguments[4:]))
-            for job in wave}  # fmt: skip
-
-
 @pytest.mark.parametrize("scale", PLANS)
 @pytest.mark.parametrize("methods", [None, ["a_only", "scratch"], ["lenet5"]])
 def test_branches_are_trained_before_they_are_taken_and_have_all_seeds(scale, methods, tmp_path):
     parts = chosen_slices(Namespace(config=None, methods=methods, seeds=None), scale)
     found = [(part, find_config(part.config, "lightcnn")) for part in parts]
-    (first, *second) = [configs_by_folder(wave) for _, wave in waves(found, tmp_path)]
-    asked = {job.folder for part, path in found for job in jobs_of(part, path, tmp_path)}
+    queue = {job.folder: job for job in queue_of(found, tmp_path)}
+    configs = {folder: load(find_config(job.arguments[1], "lightcnn"), Config, job.arguments[4:])
+               for folder, job in queue.items()}  # fmt: skip
     taken = set()
-    for folder, (method, config) in {**first, **(second[0] if second else {})}.items():
-        assert (folder in first) == (method not in SAME_STAGE1) == (config.stage1.branches is None)
+    for folder, config in configs.items():
+        assert (config.stage1.branches is not None) == (queue[folder].group in SAME_STAGE1)
+        assert queue[folder].after == config.stage1.branches
         if config.stage1.branches is not None:
-            donor, theirs = first[config.stage1.branches]
+            theirs = configs[config.stage1.branches]
             taken.add(config.stage1.branches)
-            assert donor == "two_stage"
+            assert theirs.method.name == "two_stage"
             assert set(config.all_seeds) <= set(theirs.all_seeds)
             assert theirs.data == config.data
-    assert set(first) | set().union(*second) == asked | taken
-    assert bool(second) == (methods != ["lenet5"])
+    assert set(queue) == taken | {job.folder for part, path in found for job in jobs_of(part, path, tmp_path)}
+    assert bool(taken) == (methods != ["lenet5"])
 
 
 def test_the_configurations_of_a_plan_go_by_turns(tmp_path):
-    """Three runs that fail alike and none that ends well end a wave: those of missing images must not come first."""
-    parts = [(part, find_config(part.config, "lightcnn")) for part in PLANS["paper"]]
-    (_, first), (_, second) = waves(parts, tmp_path)
-    (some, taking) = ([job.arguments[1].rpartition("/")[2] for job in wave] for wave in (first, second))
-    assert set(some[:4]) == {"fashion_mnist.yaml", "mnist.yaml", "cifar10.yaml", "fashion_mnist_peers.yaml"}
-    assert set(taking[:3]) == {"fashion_mnist.yaml", "mnist.yaml", "cifar10.yaml"}
-    groups = [job.group for job in first if job.arguments[1].endswith("/mnist.yaml")]
-    assert groups == ["bn_gap", "two_clean", "scratch", "two_stage"], "the longest first"
+    """Three runs that fail alike and none that ends well end a study: those of missing images must not come first."""
+    queue = queue_of([(part, find_config(part.config, "lightcnn")) for part in PLANS["paper"]], tmp_path)
+    names = [job.arguments[1].rpartition("/")[2] for job in queue]
+    assert set(names[:4]) == {"fashion_mnist.yaml", "mnist.yaml", "cifar10.yaml", "fashion_mnist_peers.yaml"}
+    groups = [job.group for job in queue if job.arguments[1].endswith("/mnist.yaml")]
+    assert groups == list(CORE)[::-1], "the longest first"
 
 
 def test_a_file_of_ones_own_is_what_is_run_under_the_plan_of_its_name(tmp_path):

@@ -37,12 +37,14 @@ def tiny_jobs(out: Path, tiny_arguments, methods: tuple[str, ...]) -> list[Job]:
 def broken_module(tmp_path, monkeypatch) -> str:
     """A module whose jobs end in every way."""
     (tmp_path / "broken_job.py").write_text(
-        "import os, signal, sys\n"
+        "import os, signal, sys, time\n"
         "def main(arguments):\n"
         "    how = arguments[0]\n"
         "    if how == 'raises': raise ZeroDivisionError('by nothing')\n"
         "    if how == 'says': print('first'); print('error: the disk is full', file=sys.stderr); return 2\n"
         "    if how == 'killed': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if how == 'leaves': time.sleep(0.5); open(arguments[1], 'w').close()\n"
+        "    if how == 'takes': return 0 if os.path.exists(arguments[1]) else 4\n"
         "    if how == 'junk': os.write(1, b'\\xff\\xfe bad bytes\\n'); return 3\n"
         "    return 0\n"
     )
@@ -221,6 +223,23 @@ def test_runs_on_a_gpu_go_one_at_a_time(broken_module, tmp_path, monkeypatch, on
     monkeypatch.setattr(study, "forecast", lambda *given: seen.add(given[-1]))
     run_jobs(broken_module, [Job("a", 0, tmp_path / str(number), (), "auto") for number in range(3)])
     assert seen == {workers}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_job_waits_for_the_one_that_it_begins_with_and_for_no_other(broken_module, tmp_path, workers):
+    left, folders = str(tmp_path / "left"), [tmp_path / name for name in "abc"]
+    jobs = [Job("a", 0, folders[0], ("takes", left), after=folders[2]),
+            Job("a", 0, folders[1], ("says",), after=tmp_path / "no run of this study"),
+            Job("a", 0, folders[2], ("leaves", left))]  # fmt: skip
+    outcomes = run_jobs(broken_module, jobs, workers)
+    assert [outcomes[name].code for name in "abc"] == [0, 2, 0]
+    assert list(outcomes) == ["b", "c", "a"]
+
+
+def test_what_waits_for_a_job_is_run_also_when_that_fails(broken_module, tmp_path):
+    jobs = [Job("a", 0, tmp_path / "b", ("takes", "nowhere"), after=tmp_path / "a"),
+            Job("a", 0, tmp_path / "a", ("raises",))]  # fmt: skip
+    assert {name: outcome.code for name, outcome in run_jobs(broken_module, jobs, 2).items()} == {"a": 1, "b": 4}
 
 
 @pytest.mark.parametrize("workers", [-1, -8])
