@@ -233,11 +233,11 @@ def chosen_slices(asked: argparse.Namespace, scale: str) -> list[Slice]:
 def narrowed(parts: Sequence[Slice], methods: Sequence[str], seeds: int) -> list[Slice]:
     """The parts with these methods only, whose runs are then the plan's own; what no part has takes so many `seeds`."""
     found = [replace(part, methods=tuple(method for method in methods if method in part.methods)) for part in parts]
+    planned = {method for part in parts for method in part.methods}
+    others = tuple(method for method in methods if method not in planned)
     for config in dict.fromkeys(part.config for part in parts):
-        own = [part for part in parts if part.config == config]
-        planned = {method for part in own for method in part.methods}
-        others = tuple(method for method in methods if method not in planned)
-        found.append(replace(own[0], methods=others, seeds=seeds, two_stage=own[0].seeds))
+        first = next(part for part in parts if part.config == config)
+        found.append(replace(first, methods=others, seeds=seeds, two_stage=first.seeds))
     return [part for part in found if part.methods]
 
 

@@ -145,7 +145,7 @@ def test_a_part_of_a_study_has_the_runs_of_the_whole_and_others_three_seeds(tmp_
     for scale, config in (("paper", "fashion_mnist"), ("paper", None), ("mini", None)):
         whole = commands(scale, config, None)
         for method in ("two_stage", "lenet5", "scratch"):
-            assert commands(scale, config, [method]) & whole == {job for job in whole if job[0] == method}
+            assert commands(scale, config, [method]) == {job for job in whole if job[0] == method}
     (part,) = chosen_slices(Namespace(config="mnist", methods=["lenet5"], seeds=None), "paper")
     assert (part.config, part.methods, part.seeds, part.epochs) == ("mnist", ("lenet5",), 3, 46)
     first, second = chosen_slices(Namespace(config="fashion_mnist", methods=["lenet5", "scratch"], seeds=2), "paper")
