@@ -100,7 +100,7 @@ def test_a_method_cannot_be_left_out_nor_put_elsewhere(tmp_path):
     (MDCS, "claims.md", "| supplement, CIFAR-100-LT IF 100; theirs: a later re-run |", "| abstract |",
      "source: says abstract; the rows give suppl"),
     (MDCS, "claims.md", "| inconclusive |", "| reproduced |", "verdict: says reproduced; the rows give inconclusive"),
-    (FASHION, "methods.md", "commits bd09ed031c, fdd93cf35e, ", "commits bd09ed031c, ", "the rows give"),
+    (FASHION, "methods.md", "commits c37036e59f, bd09ed031c, ", "commits c37036e59f, ", "the rows give"),
     (FASHION, "methods.md", "fdd93cf35e", "fdd93cf35f", "fdd93cf35f"),
     (FEDLOGE, "methods.md", "last 10 evaluated", "best 10 evaluated", "the rows give"),
     (SPARSEVIT, "verdict.md", "not supported", "supported", "says \"The paper's claim is supported"),
