@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,14 +23,8 @@ class DecoupledSgd(torch.optim.SGD):
         super().__init__(params, lr, momentum, nesterov=momentum > 0, foreach=True)
         self.decay, self.decays = decay, list(decays or [True] * len(params))
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # no overloads
         """One update of every parameter that has a gradient."""
         if self.decay:
             (group,) = self.param_groups
